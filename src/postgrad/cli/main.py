@@ -1,0 +1,195 @@
+"""``postgrad``: parse, call one function, map errors to exit codes.
+
+Heavy imports happen inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any
+
+import click
+import typer
+
+from postgrad.cli import data, models, runs
+from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, settings
+from postgrad.errors import PostgradError
+
+HELP = """Post-training of causal language models that you can prove.
+
+Every run does the same six things: load, check, ask before, train, ask after, report.
+
+\b
+  postgrad demo                                   offline, in two minutes
+  postgrad sft -m Qwen/Qwen3-0.6B-Base -d chats.jsonl
+  postgrad sft config.yaml learning_rate=1e-5
+
+\b
+Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused by a check, 4 stopped by the run itself
+(a non-finite loss), 5 no valid checkpoint, 130/143 interrupted and resumable.
+"""
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True
+)
+app.add_typer(data.app, name="data")
+app.command("ask")(models.ask)
+app.command("compare")(models.compare)
+app.command("runs")(runs.runs)
+
+DEMO: dict[str, Any] = {
+    "run_name": "demo",
+    "model_name_or_path": "smollm2-demo",
+    "dataset_name": "demo",
+    "eval_dataset_name": "demo",
+    "eval_dataset_split": "heldout",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 8e-5,
+    "logging_steps": 2,
+    "save_strategy": "no",
+    "questions": "tutorial",
+    "max_new_tokens": 96,
+}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from postgrad import __version__
+
+        print(f"postgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program as a whole."""
+
+
+@app.command()
+def demo(items: ITEMS = None, output_dir: OUT = None, as_json: JSON = False) -> None:
+    """Fine-tune the embedded 135M model on 100 rows, on this machine, and see the difference.
+
+    \b
+      postgrad demo
+      postgrad demo num_train_epochs=3 -o runs/longer
+    """
+    _sft(None, {**DEMO, **settings(items, None, None, output_dir)}, as_json)
+
+
+@app.command()
+def sft(
+    config: CONFIG = None,
+    items: ITEMS = None,
+    model: MODEL = None,
+    dataset: DATA = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """Supervised fine-tuning, with evidence.
+
+    \b
+      postgrad sft -m Qwen/Qwen3-0.6B-Base -d chats.jsonl
+      postgrad sft -m smollm2-demo -d chats.jsonl -d more.csv num_train_epochs=1 questions=questions.txt
+      postgrad sft config.yaml learning_rate=1e-5 max_steps=20
+
+    A word with '=' is an option, a word without is the config file. All options: docs/config.md.
+    """
+    words = [*([config] if config else []), *(items or [])]
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise click.UsageError(f"one config file, not {len(files)}: {' '.join(files)}")
+    given = settings([word for word in words if "=" in word], model, dataset, output_dir)
+    _sft(files[0] if files else None, given, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(help="Run directory.")], items: ITEMS = None, as_json: JSON = False
+) -> None:
+    """Continue an interrupted run from its newest valid checkpoint, exactly.
+
+    Only logging, saving and a longer max_steps may change.
+
+    \b
+      postgrad resume runs/sft
+      postgrad resume runs/sft save_steps=50
+    """
+    from postgrad import pipeline
+
+    overrides = settings(items, None, None, None)
+    _finish(pipeline.resume(run, overrides, make_display(as_json)), as_json)
+
+
+def _sft(config_file: str | None, values: dict[str, Any], as_json: bool) -> None:
+    from postgrad.config import load_config
+
+    config = load_config(config_file, values)
+    from postgrad import pipeline
+
+    display = make_display(as_json, plain=config.disable_tqdm is True)
+    for note in config.notes:
+        display.note(f"option {note}")
+    _finish(pipeline.sft(config, display), as_json)
+
+
+def _finish(outcome: Any, as_json: bool) -> None:
+    if as_json:
+        emit(
+            {
+                "run": str(outcome.run.path),
+                "steps": outcome.state.step,
+                "training_loss": outcome.state.loss_sum / max(1, outcome.state.step),
+                "seconds": outcome.seconds,
+                "comparison": outcome.comparison,
+                "report": str(outcome.report),
+            }
+        )
+        return
+    print(f"\ntrained {outcome.state.step} steps in {outcome.seconds:.1f} s")
+    print(f"model   {outcome.run.path / 'model'}")
+    print(f"report  {outcome.report}")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: default: the process's.
+
+    Returns:
+        The exit code; see :mod:`postgrad.errors`.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except PostgradError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Options that several commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from postgrad.display import Display
+
+MODEL = Annotated[
+    Optional[str],
+    typer.Option("-m", "--model", help="Hub name, folder, .gguf file, run directory, modelscope:NAME or smollm2-demo."),
+]
+DATA = Annotated[
+    Optional[list[str]],
+    typer.Option("-d", "--data", help="File, folder, hub data set (name:split[:100]) or 'demo'. Repeat to mix."),
+]
+OUT = Annotated[
+    Optional[str],
+    typer.Option("-o", "--output-dir", help="Run directory. Default: runs/NAME."),
+]
+CONFIG = Annotated[
+    Optional[str],
+    typer.Argument(metavar="[CONFIG.yaml]", help="File of options.", show_default=False),
+]
+ITEMS = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="[name=value]...", help="Options, as in docs/config.md.", show_default=False),
+]
+JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, the rest on stderr.")]
+
+
+def settings(
+    items: list[str] | None, model: str | None, dataset: list[str] | None, output_dir: str | None
+) -> dict[str, Any]:
+    """Collect what the command line gave as options of the configuration."""
+    from postgrad.config import parse_overrides
+
+    values = parse_overrides(items or [])
+    if model is not None:
+        values["model_name_or_path"] = model
+    if dataset:
+        values["dataset_name"] = dataset[0] if len(dataset) == 1 else dataset
+    if output_dir is not None:
+        values["output_dir"] = output_dir
+    return values
+
+
+def make_display(as_json: bool, plain: bool = False) -> Display:
+    """A display on stdout, or on stderr where stdout is for JSON."""
+    from rich.console import Console
+
+    from postgrad.display import Display
+
+    return Display(Console(stderr=as_json), bar=False if plain else None, tables=not as_json)
+
+
+def emit(value: Any) -> None:
+    """Print a result as JSON; NaN and infinities become null."""
+    from postgrad.runs import clean
+
+    print(json.dumps(clean(value), ensure_ascii=False, indent=2))

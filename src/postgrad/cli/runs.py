@@ -1,0 +1,58 @@
+"""``postgrad runs``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from postgrad.cli.options import JSON, emit
+
+
+def runs(
+    folder: Annotated[str, typer.Argument(help="Folder of run directories.")] = "runs", as_json: JSON = False
+) -> None:
+    """List runs: status, model, data, steps, loss and verdict.
+
+    \b
+      postgrad runs
+      postgrad runs experiments --json
+    """
+    from postgrad.runs import list_runs
+
+    rows = [_facts(run) for run in list_runs(folder)]
+    if as_json:
+        emit(rows)
+        return
+    if not rows:
+        print(f"no runs in {folder}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "status", "model", "data", "steps", "loss", "held out", "verdict")
+    for row in rows:
+        heldout = "" if row["loss_before"] is None else f"{row['loss_before']:.3f} → {row['loss_after']:.3f}"
+        loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
+        cells = (row["run"], row["status"], row["model"], row["data"], row["steps"], loss, heldout, row["verdict"])
+        table.add_row(*(str(cell if cell is not None else "") for cell in cells))
+    Console().print(table)
+
+
+def _facts(run: Any) -> dict[str, Any]:
+    environment = run.read_json("environment.json", {})
+    comparison = run.read_json("comparison.json", {})
+    config = run.read_yaml("config.yaml")
+    losses = [row for row in run.read_rows("metrics.jsonl") if row.get("loss") is not None]
+    return {
+        "run": str(run.path),
+        "status": environment.get("status", "unknown"),
+        "model": config.get("model_name_or_path") or environment.get("model", {}).get("name"),
+        "data": config.get("dataset_name") or "rows given in Python",
+        "started": environment.get("started"),
+        "steps": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "loss_before": comparison.get("before", {}).get("loss"),
+        "loss_after": comparison.get("after", {}).get("loss"),
+        "verdict": comparison.get("verdict", {}).get("status"),
+    }

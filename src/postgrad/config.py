@@ -1,0 +1,306 @@
+"""Settings: YAML file and ``key=value`` overrides → one frozen, flat configuration.
+
+Options are named as transformers and TRL name them, so that a TRL YAML works. Where a default differs from
+TRL's, ``docs/trl.md`` says so and why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from postgrad import trl_options
+from postgrad.errors import ConfigError
+
+Interval = Literal["no", "steps", "epoch"]
+PositiveInt = Field(gt=0)
+
+
+class SFTConfig(BaseModel):
+    """Settings of a supervised fine-tuning run; the fields are documented one by one in ``docs/config.md``.
+
+    Raises:
+        ConfigError: for an unknown option (with the nearest known name), a value of the wrong type or out of
+            range, a TRL option that postgrad refuses, or settings that contradict each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    output_dir: str | None = Field(None, description="Run directory. Default: runs/NAME, or the next free runs/NAME-2.")
+    run_name: str = Field("sft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="NAME of the run directory.")
+
+    per_device_train_batch_size: int = Field(8, gt=0, description="Examples of one device in one accumulation step.")
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="Multiplies the batch size. How the step is cut into forward passes is postgrad's choice."
+    )
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; overrides num_train_epochs when positive.")
+    learning_rate: float = Field(2e-5, ge=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="Shape of the learning rate after warm-up."
+    )
+    warmup_steps: float = Field(0, ge=0, description="Warm-up steps; below 1, a share of all steps.")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="Warm-up as a share of all steps (older name).")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decay; never applied to norms and biases.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β₁.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW ε.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this L2 norm; 0 switches it off.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
+    data_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the data order alone; default: seed.")
+    train_sampling_strategy: Literal["random", "sequential"] = Field(
+        "random", description="Reshuffle each epoch, or keep the order of the data."
+    )
+    dataloader_drop_last: bool = Field(False, description="Leave out the last, smaller step of an epoch.")
+    use_cpu: bool = Field(False, description="Stay on the CPU even where a GPU is.")
+    bf16: bool | None = Field(None, description="Compute in bf16 over fp32 masters; default: where it is fast.")
+    token_budget: int | None = Field(None, gt=0, description="Most tokens of one forward pass; default: chosen.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the saved model; default: the source's."
+    )
+
+    max_length: int | None = Field(None, gt=1, description="Longest row in tokens; default: the model's context.")
+    excess_length_strategy: Literal["error", "drop", "truncate"] = Field(
+        "error", description="What to do with rows over max_length. Each is counted and shown."
+    )
+    truncation_mode: Literal["keep_start", "keep_end"] = Field("keep_start", description="Which end truncate keeps.")
+    assistant_only_loss: bool = Field(True, description="Train on assistant turns; false: on every token of a chat.")
+    completion_only_loss: bool | None = Field(None, description="Train on completions only; default true.")
+    last_turn_only: bool = Field(False, description="Train on the last assistant turn of each chat only.")
+    dataset_text_field: str = Field("text", description="Column of plain-text rows.")
+    chat_template_path: str | None = Field(None, description="Jinja file, or a folder or model whose template to use.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables of the chat template.")
+    enable_thinking: bool | None = Field(
+        None, description="Thinking mode of templates that have one; default: by data."
+    )
+    eos_token: str | None = Field(None, description="Replaces the tokenizer's end-of-sequence token.")
+    pad_token: str | None = Field(None, description="Replaces the tokenizer's padding token.")
+
+    logging_steps: int = Field(10, gt=0, description="Log the mean loss every so many steps.")
+    logging_first_step: bool = Field(False, description="Log step 1 as well.")
+    disable_tqdm: bool | None = Field(None, description="True: plain lines instead of a progress bar.")
+    eval_strategy: Interval = Field("no", description="When to measure the held-out loss during training.")
+    eval_steps: int | None = Field(None, gt=0, description="Steps between evaluations; default: logging_steps.")
+    eval_on_start: bool = Field(False, description="Evaluate before the first step.")
+    save_strategy: Interval = Field("steps", description="When to save checkpoints.")
+    save_steps: int = Field(500, gt=0, description="Steps between checkpoints.")
+    save_total_limit: int | None = Field(None, gt=0, description="Keep only so many checkpoints, and the best.")
+    load_best_model_at_end: bool = Field(False, description="End with the best checkpoint's weights.")
+    metric_for_best_model: Literal["eval_loss", "loss"] | None = Field(None, description="Default: eval_loss.")
+    greater_is_better: bool | None = Field(None, description="Default: false, a lower loss is better.")
+    early_stopping_patience: int | None = Field(None, gt=0, description="Stop after so many evaluations without gain.")
+    early_stopping_threshold: float = Field(0.0, ge=0, description="Smallest change that counts as a gain.")
+    resume_from_checkpoint: str | bool | None = Field(None, description="A checkpoint folder, or true for the newest.")
+
+    questions: list[str] | str | None = Field(None, description="Questions asked before and after: a list or a file.")
+    system_message: str | None = Field(None, description="System message for those questions.")
+    max_new_tokens: int = Field(128, gt=0, description="Longest answer when asking, in tokens.")
+    max_asked_rows: int = Field(200, ge=0, description="Most held-out rows that are answered before and after.")
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    def __init__(self, /, **values: Any) -> None:
+        known = set(type(self).model_fields)
+        values, notes = trl_options.translate(values, known)
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option '{name}'", _suggest(name, known))
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(error)) from None
+        self._notes = notes
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about options that were accepted without effect."""
+        return list(self._notes)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples one optimizer step sees on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with ``changes`` applied and everything validated again."""
+        copy = type(self)(**{**self.model_dump(exclude_unset=True), **changes})
+        copy._notes = self._notes + copy._notes
+        return copy
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numeric(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is due, and read 1e-5, which YAML 1.1 takes for text."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if kinds & {int, float} and bool not in kinds:
+            if isinstance(value, bool):
+                raise ValueError("Input should be a number, not true or false")
+            if isinstance(value, str) and "e" in value.lower():
+                try:
+                    return float(value)
+                except ValueError:
+                    return value
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy == "no"):
+            raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy other than 'no'")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs eval_strategy: steps or epoch")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.completion_only_loss is False and self.last_turn_only:
+            raise ValueError("last_turn_only and completion_only_loss=false contradict each other")
+        if not self.assistant_only_loss and self.last_turn_only:
+            raise ValueError("last_turn_only and assistant_only_loss=false contradict each other")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError("warmup_steps is a whole number of steps, or a share below 1")
+        return self
+
+
+class RunConfig(SFTConfig):
+    """An :class:`SFTConfig` plus the model and the data: what ``postgrad sft`` takes."""
+
+    model_name_or_path: str = Field(..., description="Hub name, folder, .gguf file, modelscope:NAME or smollm2-demo.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype the model is loaded in."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model; needs model_revision.")
+    dataset_name: list[str] | str = Field(..., description="File, folder or hub data set; several are mixed.")
+    dataset_config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
+    dataset_revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
+    dataset_train_split: str = Field("train", description="Split used for training.")
+    dataset_weights: list[float] | None = Field(None, description="How often each data set's rows are used (1 = once).")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Mapping, e.g. {prompt: question, completion: answer}."
+    )
+    max_train_samples: int | None = Field(None, gt=0, description="Use the first N training rows.")
+    skip_bad: bool = Field(False, description="Leave out rows that cannot be used, counted, instead of stopping.")
+    eval_dataset_name: str | None = Field(None, description="Held-out data; default: split off by hash of the prompt.")
+    eval_dataset_split: str = Field("train", description="Split of eval_dataset_name.")
+
+    @model_validator(mode="after")
+    def _data_consistent(self) -> Self:
+        names = [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
+        if not names:
+            raise ValueError("dataset_name is empty")
+        if self.dataset_weights is not None and len(self.dataset_weights) != len(names):
+            raise ValueError(f"{len(names)} data sets but {len(self.dataset_weights)} dataset_weights")
+        if any(weight <= 0 for weight in self.dataset_weights or []):
+            raise ValueError("dataset_weights must be positive")
+        if self.trust_remote_code and not self.model_revision:
+            raise ValueError("trust_remote_code runs the model's code: pin it with model_revision=COMMIT")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses an option given twice, of which the standard loader would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen and key.value != "<<":
+                raise yaml.YAMLError(f"'{key.value}' is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path | None, overrides: dict[str, Any]) -> RunConfig:
+    """Read a YAML file, apply overrides, validate.
+
+    Args:
+        path: YAML file of flat options, or None.
+        overrides: options that win over the file's.
+
+    Raises:
+        ConfigError: for an unreadable file or an invalid option; the message names file and option.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: holds no options", "write one 'name: value' per line")
+        values.update({str(key): value for key, value in loaded.items()})
+    values.update(overrides)
+    for needed, flag in (("model_name_or_path", "-m MODEL"), ("dataset_name", "-d DATA")):
+        if values.get(needed) is None:
+            raise ConfigError(f"'{needed}' is missing", f"give {flag}, or {needed} in the config file")
+    try:
+        return RunConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}" if path else error.message, error.cure) from None
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """Turn ``["learning_rate=1e-5", "eval_steps=10"]`` into options.
+
+    Values are read as YAML, except those of options that are words: these are taken as they stand.
+
+    Raises:
+        ConfigError: for an item without ``=`` or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"'{item}' is not an option", "write options as name=value")
+        field = RunConfig.model_fields.get(name)
+        if field is not None and _kinds(field.annotation) <= {str, type(None)} and text not in ("", "null"):
+            values[name] = text
+            continue
+        try:
+            values[name] = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"the value of '{name}' cannot be read: {text:.80}", "write it as in YAML") from None
+    return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types a field takes: ``int | None`` → {int, NoneType}; a choice of words counts as str."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
+    if isinstance(annotation, type) or origin in (list, dict):
+        return {origin or annotation}
+    return set().union(*(_kinds(part) for part in get_args(annotation)))
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    if trl_options.SYNONYMS.get(name, name) in RunConfig.model_fields:
+        return "it belongs to 'postgrad sft'; in Python give the model and the data to SFTTrainer"
+    near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(word) for word in near)}?" if near else "see docs/config.md for all options"
+
+
+def _describe(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        got = f" (got {reprlib.repr(problem['input'])})" if place else ""
+        parts.append(f"{place}: {text}{got}" if place else text)
+    return "; ".join(parts)

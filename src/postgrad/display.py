@@ -1,0 +1,144 @@
+"""What a person sees of a run: tables and a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from postgrad import tables
+from postgrad.types import StepResult
+
+
+class Display:
+    """Shows a run.
+
+    Args:
+        console: where to print; default: a new one on stderr.
+        bar: draw a progress bar; default: where the console is a terminal.
+        tables: show model, data and answers as tables (the command line does).
+    """
+
+    def __init__(self, console: Console | None = None, bar: bool | None = None, tables: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.tables = tables
+        self.bar = self.console.is_terminal if bar is None else bar and self.console.is_terminal
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._total, self._started, self._first = 0, 0.0, 0
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        self.console.print(text, style="dim", highlight=False, markup=False)
+
+    def model(self, facts: dict[str, Any]) -> None:
+        """Show what was loaded."""
+        if self.tables:
+            self.note(
+                f"model  {facts['name']}  {facts['architecture']}, {facts['parameters'] / 1e6:,.0f}M parameters, "
+                f"{facts['dtype']}, context {facts['context']:,}\n"
+                f"chat   template: {facts['template']}; stops on {' '.join(facts['stop_tokens'])}"
+            )
+
+    def data(self, checks: dict[str, Any], heldout: dict[str, Any]) -> None:
+        """Show what is trained on."""
+        counts = checks["counts"]
+        summary = (
+            f"data   {counts['examples']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained; "
+            f"held out: {heldout['rows']:,} rows ({heldout['how']})"
+        )
+        if counts.get("dropped") or counts.get("truncated"):
+            summary += f"; {counts.get('dropped', 0):,} dropped, {counts.get('truncated', 0):,} truncated"
+        if self.tables:
+            self.console.print(tables.data_table(checks["preview"][:3], "the first rows trained on"))
+        self.note(summary)
+
+    def choices(self, choices: dict[str, Any]) -> None:
+        """Show how it is computed."""
+        if self.tables:
+            reason = f"; {choices['reason']}" if choices["reason"] else ""
+            self.note(
+                f"engine {choices['device']}, {choices['compute_dtype']} over float32 masters, "
+                f"{choices['token_budget']:,} tokens a pass, {choices['threads']} threads{reason}"
+            )
+
+    def before(self, rows: list[dict[str, Any]]) -> None:
+        """Show the starting model's answers to the questions."""
+        questions = [row for row in rows if row["kind"] == "question"]
+        if self.tables and questions:
+            self.console.print(tables.answers_table(questions, "before training"))
+
+    def after(self, before: list[dict[str, Any]], after: list[dict[str, Any]], comparison: dict[str, Any]) -> None:
+        """Show answers side by side, and scores."""
+        if self.tables:
+            questions = [row for row in before if row["kind"] == "question"]
+            if questions:
+                self.console.print(tables.side_by_side(questions, after, "before and after"))
+            self.console.print(tables.score_table(comparison))
+        self.note(comparison["verdict"]["text"])
+
+    @contextmanager
+    def training(self, total: int, done: int) -> Iterator[None]:
+        """Show progress inside the block.
+
+        Args:
+            total: steps of the whole run.
+            done: steps done before (on resume).
+        """
+        self._total, self._started, self._first = total, time.monotonic(), done
+        if not self.bar:
+            yield
+            return
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tok/s"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=done, loss="–", speed="–")
+        try:
+            with self._progress:
+                yield
+        finally:
+            self._progress = None
+
+    @contextmanager
+    def asking(self, when: str) -> Iterator[Callable[[int, int], None] | None]:
+        """Show how many answers are done inside the block; the value is called with answers done and in all."""
+        if not self.bar:
+            self.note(f"asking {when} training …")
+            yield None
+            return
+        columns = (TextColumn(f"ask {when}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(when, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def step(self, result: StepResult) -> None:
+        """Show one optimizer step."""
+        if self._progress is not None and self._task is not None:
+            speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f}"
+            self._progress.update(self._task, completed=result.step, loss=f"{result.loss:.4f}", speed=speed)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Show one logged row; a progress bar shows the losses already."""
+        if self._progress is not None and "eval_loss" not in row:
+            return
+        step = row["step"]
+        if "eval_loss" in row:
+            self.note(f"step {step}/{self._total}  eval_loss {row['eval_loss']:.4f}  ({row['eval_tokens']:,} tokens)")
+            return
+        pace = (time.monotonic() - self._started) / max(1, step - self._first)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - step)))
+        self.note(
+            f"step {step}/{self._total}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
+            f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  {left} left"
+        )

@@ -1,0 +1,113 @@
+"""The trained model as a folder that plain transformers loads, with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from postgrad.errors import PostgradError
+from postgrad.model.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, card: str
+) -> Path:
+    """Save weights, configuration, generation settings, tokenizer, template and model card, all or nothing.
+
+    Args:
+        model, tokenizer: what to save.
+        folder: replaced when it exists.
+        dtype: of the saved weights.
+        card: text of the model card.
+
+    Raises:
+        PostgradError: when the folder cannot be written.
+    """
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with _in_dtype(model, dtype), quiet():
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        os.chmod(temporary, 0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise PostgradError(f"the model could not be saved to {folder}: {error}", "free disk space") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to ``dtype``, keeping its own: what is asked is then what is saved."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.copy_(parameter.to(dtype))
+
+
+def model_card(
+    *, name: str, base: str, data: str, settings: dict[str, Any], comparison: dict[str, Any] | None, version: str
+) -> str:
+    """Text of the model card: data, settings and scores.
+
+    Args:
+        name: the run's name.
+        base: the starting model.
+        data: the training data, in words.
+        settings: the options that were set.
+        comparison: ``comparison.json``, or None.
+        version: postgrad's.
+    """
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [postgrad, sft]"]
+    if "/" in base and not base.startswith((".", "/", "~")):
+        lines.append(f"base_model: {base}")
+    lines += ["---", "", f"# {name}", "", f"{base}, fine-tuned with postgrad {version} on {data}.", "", "## Scores", ""]
+    lines += _score_table(comparison)
+    lines += ["", "## Settings", "", "```yaml", *(f"{key}: {value}" for key, value in settings.items()), "```", ""]
+    return "\n".join(lines)
+
+
+def _score_table(comparison: dict[str, Any] | None) -> list[str]:
+    if comparison is None:
+        return ["Not measured: no held-out data and no questions were given."]
+    lines = ["| held out | before | after |", "|---|---|---|"]
+    for key, label in (
+        ("loss", "loss"),
+        ("perplexity", "perplexity"),
+        ("exact", "exact answers"),
+        ("stop_rate", "answers that stop"),
+        ("mean_length", "mean answer length, tokens"),
+    ):
+        before, after = comparison["before"][key], comparison["after"][key]
+        if before is not None and after is not None:
+            lines.append(f"| {label} | {before:.3f} | {after:.3f} |")
+    rows = comparison["rows"]
+    lines += ["", f"{rows['loss']} rows scored, {rows['asked']} asked. {comparison['verdict']['text']}"]
+    return lines
+
+
+@contextmanager
+def _in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    kept = [parameter.data for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in zip(model.parameters(), kept, strict=True):
+            parameter.data = data

@@ -1,0 +1,143 @@
+"""The straight line a run takes. Read this first.
+
+    load → check → ask before → train → ask after → report
+
+``sft`` is what the command line calls, ``resume`` continues an interrupted run, and both end in ``fine_tune``, which
+the Python trainer calls with a model and rows of its own. Each stage is one function of :mod:`postgrad.stages`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from postgrad.config import RunConfig, SFTConfig
+from postgrad.display import Display
+from postgrad.errors import CheckpointError, ConfigError
+from postgrad.model.load import DTYPES, LoadedModel
+from postgrad.model.save import round_weights, save_model
+from postgrad.report.page import write_report
+from postgrad.runs import Run
+from postgrad.stages import (
+    Data,
+    ask,
+    check,
+    choose,
+    conclude,
+    fit,
+    load,
+    load_data,
+    make_card,
+    make_exam,
+    make_renderer,
+    now,
+    recorded,
+    timed,
+)
+from postgrad.train import checkpoint
+from postgrad.train.checkpoint import LoopState
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run ended with.
+
+    Args:
+        run: the run directory.
+        state: the loop's final state.
+        total_steps: steps planned.
+        seconds: of training.
+        comparison: the content of ``comparison.json``, or None when nothing was asked.
+        report: path of ``report.html``.
+    """
+
+    run: Run
+    state: LoopState
+    total_steps: int
+    seconds: float
+    comparison: dict[str, Any] | None
+    report: Path
+
+
+def sft(config: RunConfig, display: Display) -> Outcome:
+    """Fine-tune from a model name and data names, with evidence: ``postgrad sft``.
+
+    Raises:
+        PostgradError: of the kind that names the exit code; see :mod:`postgrad.errors`.
+    """
+    run = Run.create(config.output_dir, config.run_name)
+    with recorded(run, config):
+        with timed(run, "load"):
+            loaded = load(config)
+            data = load_data(config)
+        return fine_tune(config, loaded, data, run, display)
+
+
+def resume(path: str | Path, overrides: dict[str, Any], display: Display) -> Outcome:
+    """Continue an interrupted run from its newest valid checkpoint: ``postgrad resume``.
+
+    Args:
+        path: the run directory.
+        overrides: logging and saving options, or a longer ``max_steps``.
+        display: for people.
+
+    Raises:
+        CheckpointError: when there is no valid checkpoint, or data, model or settings have changed.
+        ConfigError: when the run is finished, running, or was started from Python.
+    """
+    run = Run.open(path)
+    values = run.read_yaml("config.yaml")
+    if "model_name_or_path" not in values:
+        raise ConfigError(
+            f"{path} was started from Python",
+            "resume it there: SFTTrainer(…, args=SFTConfig(output_dir=…)).train(resume_from_checkpoint=True)",
+        )
+    config = RunConfig(**{**values, **overrides, "output_dir": str(run.path)})
+    run.lock()
+    try:
+        found, rejected = checkpoint.newest(run.path / "checkpoints")
+    except CheckpointError:
+        run.unlock()
+        raise
+    for line in rejected:
+        display.note(f"checkpoint rejected: {line}")
+    with recorded(run, config):
+        with timed(run, "load"):
+            loaded = load(config)
+            data = load_data(config)
+        return fine_tune(config, loaded, data, run, display, resume_from=found)
+
+
+def fine_tune(
+    config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, display: Display, resume_from: Path | None = None
+) -> Outcome:
+    """Check, ask before, train, ask after, report.
+
+    Args:
+        config: settings.
+        loaded: the starting model; trained in place.
+        data: rows.
+        run: the run directory, locked.
+        display: for people.
+        resume_from: a checkpoint to continue from.
+    """
+    with timed(run, "check"):
+        renderer = make_renderer(config, loaded.tokenizer, loaded.chat, data.train, run)
+        prepared, heldout = check(config, loaded, data, renderer, run, display)
+        packed, choices = choose(config, loaded, run, display, resume_from)
+    exam = make_exam(config, loaded, renderer, heldout)
+    with timed(run, "before"):
+        ask(exam, packed, choices["token_budget"], run, "before.jsonl", display)
+    with timed(run, "train"):
+        state, total_steps, seconds = fit(config, loaded, prepared, heldout, packed, choices, run, display, resume_from)
+    save_dtype = DTYPES[config.save_dtype] if config.save_dtype else loaded.source_dtype
+    round_weights(loaded.model, save_dtype)
+    with timed(run, "after"):
+        ask(exam, packed, choices["token_budget"], run, "after.jsonl", display)
+    comparison = conclude(run, loaded.model, display)
+    if config.save_strategy != "no" or isinstance(config, RunConfig):
+        card = make_card(config, loaded, data, run, comparison)
+        save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype, card)
+    run.update_environment(status="complete", finished=now())
+    return Outcome(run, state, total_steps, seconds, comparison, write_report(run))

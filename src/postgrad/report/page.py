@@ -1,0 +1,383 @@
+"""Collect what a run directory holds and render it as one page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from postgrad.config import RunConfig
+from postgrad.errors import DataError
+from postgrad.report.charts import Series, histogram, line_chart, thin
+from postgrad.report.pairs import held_out, pair_rows
+from postgrad.report.text import (
+    clip,
+    duration,
+    flat,
+    interval,
+    number,
+    percent,
+    plain,
+    points,
+    rate,
+    redact,
+    short,
+    signed,
+    tokens_text,
+    visible,
+    whole,
+)
+from postgrad.runs import Run, write_atomic
+
+Row = dict[str, Any]
+
+FIRST_ROWS = 12
+MOST_TOKENS = 1500
+MOST_LOGGED = 200
+STATUS = {
+    "running": "still running when this page was written",
+    "complete": "complete",
+    "interrupted": "interrupted, resumable",
+    "stopped": "stopped by the run itself",
+    "failed": "failed",
+}
+VERDICTS = {"better": "Better", "worse": "Worse", "unclear": "No clear difference", "absent": "Not measured"}
+
+
+def write_report(run: Run) -> Path:
+    """Write ``report.html`` into a run directory, from what the directory holds.
+
+    Args:
+        run: an open run. Files that do not exist yet, or are damaged, are named on the page.
+
+    Returns:
+        The page's path.
+    """
+    path = run.path / "report.html"
+    write_atomic(path, render(collect(run)))
+    return path
+
+
+def render(view: Row) -> str:
+    """Fill the template; every value is escaped, and lone surrogates are replaced so that the page is valid UTF-8."""
+    folder = resources.files("postgrad.report")
+    style = folder.joinpath("style.css").read_text(encoding="utf-8")
+    jinja = _Page(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: "" if value is None else value,
+    )
+    jinja.filters |= {
+        "number": number,
+        "whole": whole,
+        "percent": percent,
+        "rate": rate,
+        "duration": duration,
+        "clip": clip,
+        "plain": plain,
+        "visible": visible,
+        "short": short,
+    }
+    template = jinja.from_string(folder.joinpath("template.html.j2").read_text(encoding="utf-8"))
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = template.render(**view, style=Markup(style), style_hash=Markup(digest))
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+class _Page(Environment):
+    """Jinja where a key that a file of the run lacks is None; a misspelt variable is still an error."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return obj.get(attribute) if isinstance(obj, dict) else super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return obj.get(argument) if isinstance(obj, dict) else super().getitem(obj, argument)
+
+
+# -- collecting ---------------------------------------------------------------------------------------------------
+
+
+def collect(run: Run) -> Row:
+    """Read a run directory into the values that the template shows."""
+    files = _Files(run)
+    config, environment, checks = files.config(), files.json("environment.json"), files.json("checks.json")
+    comparison, metrics = files.json("comparison.json"), files.rows("metrics.jsonl")
+    before, after = files.rows("before.jsonl"), files.rows("after.jsonl")
+    events = redact(files.rows("events.jsonl"))
+    environment, config = redact(environment), redact(config)
+    checks["checks"] = redact(checks.get("checks") or [])
+    pairs = pair_rows(before, after)
+    logged = [row for row in metrics if "loss" in row]
+    measured = [row for row in metrics if "eval_loss" in row]
+    status = environment.get("status")
+    asked_for = bool(config.get("questions") or _at(environment, "data", "heldout", "rows"))
+    return {
+        "name": run.path.resolve().name,
+        "path": str(run.path),
+        "status": status,
+        "status_text": STATUS.get(str(status), "unknown (environment.json does not say)"),
+        "environment": environment,
+        "model": environment.get("model") or {},
+        "data": environment.get("data") or {},
+        "config": config,
+        "settings": settings(config),
+        "from_command_line": bool(config.get("model_name_or_path") and config.get("dataset_name")),
+        "problems": files.problems,
+        "reason": last_reason(events),
+        "verdict": verdict(status, comparison, bool(before), bool(after), asked_for),
+        "same_weights": _same_weights(comparison),
+        "comparison": comparison,
+        "figures": figures(comparison),
+        "questions": [pair for pair in pairs if pair["kind"] == "question"],
+        "heldout": held_out(pairs),
+        "asked": {"before": bool(before), "after": bool(after), "wanted": asked_for},
+        "curves": curves(logged, measured),
+        "training": training_summary(logged, environment),
+        "logged": logged[-MOST_LOGGED:],
+        "logged_left_out": max(0, len(logged) - MOST_LOGGED),
+        "measured": measured[-MOST_LOGGED:],
+        "checks": checks,
+        "lengths": lengths(checks.get("lengths") or {}),
+        "tokens": [token_view(one) for one in checks.get("tokens") or []],
+        "facts": facts(environment),
+        "events": timeline(events[-MOST_LOGGED:]),
+        "first_rows": FIRST_ROWS,
+    }
+
+
+class _Files:
+    """The run's files; a damaged one counts as absent and is listed in ``problems``."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.problems: list[str] = []
+
+    def config(self) -> Row:
+        try:
+            return self.run.read_yaml("config.yaml")
+        except (DataError, TypeError, ValueError) as error:
+            self.problems.append(f"config.yaml: {error}")
+            return {}
+
+    def json(self, name: str) -> Row:
+        try:
+            value = self.run.read_json(name, {})
+        except (DataError, UnicodeDecodeError) as error:
+            self.problems.append(str(error))
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def rows(self, name: str) -> list[Row]:
+        try:
+            return [row for row in self.run.read_rows(name) if isinstance(row, dict)]
+        except (DataError, UnicodeDecodeError) as error:
+            self.problems.append(str(error))
+            return []
+
+
+def verdict(status: str | None, comparison: Row, before: bool, after: bool, asked_for: bool) -> Row:
+    """The verdict of ``comparison.json``, or why there is none."""
+    given = comparison.get("verdict") or {}
+    if given.get("text"):
+        return {
+            "label": VERDICTS.get(str(given.get("status")), "Verdict"),
+            "text": given["text"],
+            "status": given.get("status"),
+        }
+    if status in ("stopped", "failed"):
+        text = f"The run {'stopped itself' if status == 'stopped' else 'failed'} before there was a model to judge."
+    elif status == "interrupted":
+        text = "The run was interrupted before its model was asked: there is no verdict yet."
+    elif status == "running":
+        text = "The run was still going when this page was written: there is no verdict yet."
+    elif not asked_for and not before and not after:
+        text = "Before and after were not asked: no eval_dataset or questions were given."
+    else:
+        text = "Before and after were not compared: comparison.json is absent."
+    return {"label": VERDICTS["absent"], "text": text, "status": "absent"}
+
+
+def figures(comparison: Row) -> list[Row]:
+    """The key figures, before → after, with the interval of the difference and what it says."""
+    rows = comparison.get("rows") or {}
+    kinds = (
+        ("loss", "Held-out loss", number, number, -1, rows.get("loss")),
+        ("exact", "Exact answers", percent, points, +1, rows.get("exact")),
+        ("stop_rate", "Answers that stop", percent, points, +1, rows.get("asked")),
+        ("mean_length", "Answer length, tokens", tokens_text, tokens_text, 0, rows.get("asked")),
+    )
+    found = []
+    for key, label, show, show_change, better, count in kinds:
+        before, after = _at(comparison, "before", key), _at(comparison, "after", key)
+        if before is None and after is None:
+            continue
+        change = _at(comparison, "difference", key) or {}
+        perplexity = [_at(comparison, side, "perplexity") for side in ("before", "after")] if key == "loss" else []
+        found.append(
+            {
+                "key": key,
+                "label": label,
+                "before": show(before),
+                "after": show(after),
+                "change": signed(show_change, change.get("mean")),
+                "interval": interval(show_change, change.get("low"), change.get("high")),
+                "judgement": judgement(change, better),
+                "rows": count,
+                "perplexity": [number(value) for value in perplexity if value is not None],
+            }
+        )
+    return found
+
+
+def judgement(change: Row, better: int) -> str | None:
+    """``better``, ``worse`` or ``unclear`` (the interval holds 0); None where neither direction is good."""
+    low, high = change.get("low"), change.get("high")
+    if not better or low is None or high is None:
+        return None
+    if low <= 0 <= high:
+        return "unclear"
+    return "better" if (low > 0) == (better > 0) else "worse"
+
+
+def _same_weights(comparison: Row) -> bool:
+    before = comparison.get("model_before_sha256")
+    return before is not None and before == comparison.get("model_after_sha256")
+
+
+def curves(logged: list[Row], measured: list[Row]) -> list[Row]:
+    """The charts that the metrics allow: loss, learning rate and gradient norm."""
+    loss = [
+        Series("training loss", _series(logged, "loss")),
+        Series("held-out loss", _series(measured, "eval_loss"), True),
+    ]
+    kinds = (
+        ("loss", "Loss per trained token", [one for one in loss if one.points], number, False),
+        ("learning_rate", "Learning rate", [Series("rate", _series(logged, "learning_rate"))], rate, True),
+        ("grad_norm", "Gradient norm, before clipping", [Series("norm", _series(logged, "grad_norm"))], number, True),
+    )
+    drawn = []
+    for key, title, series, show, zero in kinds:
+        values = [y for one in series for _, y in one.points if y is not None]
+        if not values:
+            continue
+        label = "; ".join(f"{title}, {one.name}: {_spoken(one, show)}" for one in series)
+        chart = line_chart(series, label=label, show=show, from_zero=zero, height=360 if key == "loss" else 300)
+        averaged = max(thin(one.points)[1] for one in series)
+        drawn.append({"key": key, "title": title, "svg": chart, "both": len(series) > 1, "averaged": averaged})
+    return drawn
+
+
+def _series(rows: list[Row], key: str) -> list[tuple[float, float | None]]:
+    return [(row.get("step") or 0, row[key]) for row in rows if key in row]
+
+
+def _spoken(one: Series, show: Any) -> str:
+    (first, start), (last, end) = one.points[0], one.points[-1]
+    return f"{show(start)} at step {whole(first)}, {show(end)} at step {whole(last)}"
+
+
+def training_summary(logged: list[Row], environment: Row) -> list[str]:
+    """What the training did, in a few phrases."""
+    if not logged:
+        return []
+    last = logged[-1]
+    speeds = [row["tokens_per_second"] for row in logged if row.get("tokens_per_second")]
+    parts = [f"{whole(last.get('step'))} steps"]
+    if last.get("epoch") is not None:
+        epochs = f"{last['epoch']:.4g}"
+        parts.append(f"{epochs} epoch{'s' if epochs != '1' else ''}")
+    if last.get("num_tokens"):
+        parts.append(f"{whole(last['num_tokens'])} tokens read")
+    if speeds:
+        parts.append(f"{whole(median(speeds))} tokens/s (median)")
+    if (seconds := _at(environment, "seconds", "train")) is not None:
+        parts.append(duration(seconds))
+    return parts
+
+
+def lengths(found: Row) -> Row | None:
+    """The histogram of row lengths with its limit."""
+    bins = found.get("histogram")
+    if not bins:
+        return None
+    spoken = ", ".join(f"{whole(count)} of {whole(low)} to {whole(high)}" for low, high, count in bins)
+    chart = histogram(bins, label=f"Rows by length in tokens: {spoken}", limit=found.get("limit"))
+    return {"svg": chart, "longest": found.get("longest"), "limit": found.get("limit")}
+
+
+def token_view(one: Row) -> Row:
+    """One example's tokens in runs of trained and only-read ones."""
+    tokens = one.get("tokens") or []
+    runs: list[Row] = []
+    for token in tokens[:MOST_TOKENS]:
+        trained = bool(token.get("trained"))
+        if not runs or runs[-1]["trained"] != trained:
+            runs.append({"trained": trained, "tokens": []})
+        runs[-1]["tokens"].append(token.get("text") or "")
+    return {
+        "source": one.get("source"),
+        "note": one.get("note"),
+        "runs": runs,
+        "count": len(tokens),
+        "trained": sum(bool(token.get("trained")) for token in tokens),
+        "left_out": max(0, len(tokens) - MOST_TOKENS),
+    }
+
+
+def settings(config: Row) -> list[Row]:
+    """Every setting with its meaning; ``set`` is False where it has the default value."""
+    fields = RunConfig.model_fields
+    listed = []
+    for key, value in config.items():
+        field = fields.get(key)
+        default = (
+            field is not None and not field.is_required() and field.get_default(call_default_factory=True) == value
+        )
+        meaning = (field.description or "") if field else ""
+        listed.append({"name": key, "value": flat(value), "meaning": meaning, "set": not default})
+    return listed
+
+
+def facts(environment: Row) -> list[tuple[str, list[tuple[str, str]]]]:
+    """``environment.json`` as captioned tables of name and value."""
+    plain_values = {key: value for key, value in environment.items() if not isinstance(value, dict | list)}
+    groups = [("Machine and versions", plain_values)]
+    for title, key in (("Model", "model"), ("Choices made at the start", "choices"), ("Data", "data")):
+        groups.append((title, environment.get(key) or {}))
+    seconds = {key: duration(value) for key, value in (environment.get("seconds") or {}).items()}
+    groups.append(("Time", seconds))
+    return [(title, [(key, flat(value)) for key, value in group.items()]) for title, group in groups if group]
+
+
+def timeline(events: list[Row]) -> list[tuple[str, str]]:
+    """Events with the seconds since the first one."""
+    start = next((row["time"] for row in events if row.get("time")), 0)
+    listed = []
+    for row in events:
+        details = flat({key: value for key, value in row.items() if key not in ("time", "event")})
+        after = f"{duration(row['time'] - start)}: " if row.get("time") else ""
+        listed.append((f"{after}{row.get('event')}", details))
+    return listed
+
+
+def last_reason(events: list[Row]) -> str | None:
+    """The message of the last event that carries one: why a run ended early."""
+    for row in reversed(events):
+        for key in ("reason", "message", "error"):
+            if row.get(key):
+                return str(row[key])
+    return None
+
+
+def _at(value: Any, *path: str) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

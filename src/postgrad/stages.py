@@ -1,0 +1,424 @@
+"""The stages of a run, one function each, in the order in which :mod:`postgrad.pipeline` calls them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from postgrad import __version__, environment
+from postgrad.checks.prepare import Check, Prepared, overlap_check, prepare, report, require
+from postgrad.config import RunConfig, SFTConfig
+from postgrad.data.load import LoadedData, load_examples
+from postgrad.data.questions import read_questions
+from postgrad.data.render import Renderer, RenderOptions, has_reasoning
+from postgrad.data.split import split_heldout
+from postgrad.display import Display
+from postgrad.errors import CheckpointError, ConfigError, DataError, Interrupted, PostgradError, TrainingStopped
+from postgrad.evaluate import Exam, as_rows, compare, sit
+from postgrad.model import packed as packed_model
+from postgrad.model.load import (
+    DTYPES,
+    LoadedModel,
+    context_length,
+    describe,
+    fast_bf16,
+    load_model,
+    load_tokenizer,
+    weights_sha256,
+)
+from postgrad.model.packed import Choices, PackedModel
+from postgrad.model.save import model_card
+from postgrad.model.template import Chat, freeze_variables
+from postgrad.report.page import write_report
+from postgrad.runs import Run
+from postgrad.train import checkpoint
+from postgrad.train.checkpoint import LoopState
+from postgrad.train.loop import Job, train
+from postgrad.train.order import DataOrder
+from postgrad.types import Conversation, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_TOKEN_BUDGET = 4096
+GPU_TOKEN_BUDGET = 16_384
+NOT_IDENTITY = {
+    "output_dir", "run_name", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "logging_first_step",
+    "save_strategy", "save_steps", "save_total_limit", "max_steps",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Data:
+    """The rows of a run.
+
+    Args:
+        train: what is trained on.
+        heldout: what is kept out, scored and asked; may be empty.
+        heldout_how: how the held-out part came about, in words.
+        facts: for ``environment.json``.
+        problems: rows left out while reading.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    heldout_how: str
+    facts: dict[str, Any]
+    problems: list[DataError] = field(default_factory=list)
+
+
+# -- 1. load ----------------------------------------------------------------------------------------------------
+
+
+def load(config: RunConfig) -> LoadedModel:
+    """Load the model a configuration names."""
+    if config.save_dtype == "float32" and config.dtype == "auto":
+        config = config.replace(dtype="float32")
+    return load_model(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        dtype=config.dtype,
+        device="cpu" if config.use_cpu else "auto",
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+    )
+
+
+def load_data(config: RunConfig) -> Data:
+    """Load training rows, and held-out rows or a held-out split."""
+    names = [config.dataset_name] if isinstance(config.dataset_name, str) else config.dataset_name
+    options: dict[str, Any] = {
+        "revision": config.dataset_revision,
+        "config_name": config.dataset_config,
+        "skip_bad": config.skip_bad,
+        "columns": config.columns,
+        "text_field": config.dataset_text_field,
+        "seed": config.seed,
+    }
+    loaded = load_examples(
+        names,
+        weights=config.dataset_weights,
+        split=config.dataset_train_split,
+        limit=config.max_train_samples,
+        **options,
+    )
+    problems = list(loaded.problems)
+    if config.eval_dataset_name:
+        other = load_examples([config.eval_dataset_name], split=config.eval_dataset_split, **options)
+        train_rows, heldout, how = loaded.examples, other.examples, f"given: {config.eval_dataset_name}"
+        problems += other.problems
+        loaded.notes.extend(f"held-out: {note}" for note in other.notes)
+    else:
+        inside, outside = split_heldout(loaded.examples)
+        train_rows = [loaded.examples[i] for i in inside]
+        heldout = [loaded.examples[i] for i in outside]
+        how = (
+            "split off by hash of the prompt (10%, at most 200 prompts)"
+            if heldout
+            else "none: too few prompts to split"
+        )
+    facts = {
+        "rows": len(train_rows),
+        "format": loaded.format,
+        "files": loaded.files,
+        "fingerprint": loaded.fingerprint,
+        "counts": loaded.weighted_counts,
+        "notes": loaded.notes,
+    }
+    return Data(train_rows, heldout, how, facts, problems)
+
+
+# -- 2. check ---------------------------------------------------------------------------------------------------
+
+
+def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
+    """Render and check data for a model without loading its weights: ``postgrad data check``."""
+    tokenizer, chat, context = load_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+    )
+    renderer = make_renderer(config, tokenizer, chat, data.examples)
+    prepared = prepare(data.examples, renderer, config, limit=context, skip_bad=config.skip_bad, problems=data.problems)
+    return prepared, renderer
+
+
+def make_renderer(
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    examples: Sequence[Example],
+    run: Run | None = None,
+    today: date | None = None,
+) -> Renderer:
+    """Freeze the template's variables for this run and return what renders with it.
+
+    Args:
+        config: what is trained, and the variables.
+        tokenizer: its template is changed in place.
+        chat: its stop tokens.
+        examples: training rows; whether they reason decides the thinking mode where it is not set.
+        run: records the variables, and gives back those of an interrupted run.
+        today: the date to freeze; default: the run's, or today's.
+    """
+    recorded_choices = run.read_json("environment.json", {}).get("template", {}) if run else {}
+    today = today or date.fromisoformat(recorded_choices.get("date", date.today().isoformat()))
+    thinking = config.enable_thinking if config.enable_thinking is not None else _mostly_reasoning(examples)
+    frozen = freeze_variables(tokenizer, today=today, enable_thinking=thinking, variables=config.chat_template_kwargs)
+    if run is not None:
+        run.update_environment(template={"date": today.isoformat(), "variables": frozen})
+    options = RenderOptions(
+        assistant_only_loss=config.assistant_only_loss,
+        completion_only_loss=config.completion_only_loss,
+        last_turn_only=config.last_turn_only,
+        enable_thinking=config.enable_thinking,
+        template_kwargs=config.chat_template_kwargs,
+    )
+    return Renderer(tokenizer, chat.stop_ids, options)
+
+
+def check(
+    config: SFTConfig, loaded: LoadedModel, data: Data, renderer: Renderer, run: Run | None, display: Display
+) -> tuple[Prepared, Prepared | None]:
+    """Render and check both parts of the data; refuse what cannot be right.
+
+    Raises:
+        CheckError: naming what is refused; ``checks.json`` and ``report.html`` are written first.
+    """
+    limit = context_length(loaded.model, loaded.tokenizer)
+    skip_bad = isinstance(config, RunConfig) and config.skip_bad
+    if config.max_length is not None and config.max_length > limit:
+        raise ConfigError(
+            f"max_length={config.max_length:,} is more than the model's context of {limit:,} tokens", "lower it"
+        )
+    if config.eval_strategy != "no" and not data.heldout:
+        raise ConfigError("eval_strategy needs held-out data", "give eval_dataset, or eval_strategy=no")
+    prepared = prepare(data.train, renderer, config, limit=limit, skip_bad=skip_bad, problems=data.problems)
+    heldout, more = None, [Check("options", "pass", note) for note in config.notes]
+    if data.heldout:
+        heldout = prepare(data.heldout, renderer, config, limit=limit, skip_bad=skip_bad)
+        more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
+        more.append(overlap_check(prepared.examples, heldout.examples))
+    if run is not None:
+        content = report(prepared, renderer, more)
+        split = {"rows": len(data.heldout), "how": data.heldout_how}
+        facts = describe(loaded)
+        run.write_json("checks.json", content)
+        run.update_environment(data={"train": data.facts, "heldout": split}, model=facts)
+        display.model(facts)
+        display.data(content, split)
+    for item in [*prepared.checks, *more]:
+        if item.status == "warn":
+            display.note(f"warning: {item.name}: {item.message}")
+    require([*prepared.checks, *more])
+    return prepared, heldout
+
+
+def choose(
+    config: SFTConfig, loaded: LoadedModel, run: Run, display: Display, resume_from: Path | None
+) -> tuple[PackedModel, dict[str, Any]]:
+    """Make the choices of the engine once, or take the recorded ones on resume: changing them changes bits."""
+    model = loaded.model
+    recorded_choices = run.read_json("environment.json", {}).get("choices") if resume_from else None
+    if recorded_choices is None:
+        bf16 = fast_bf16(model.device) if config.bf16 is None else config.bf16
+        budget = config.token_budget or (GPU_TOKEN_BUDGET if model.device.type == "cuda" else CPU_TOKEN_BUDGET)
+        recorded_choices = {
+            "device": str(model.device),
+            "compute_dtype": "bfloat16" if bf16 else "float32",
+            "token_budget": budget,
+            "threads": torch.get_num_threads(),
+            "attention": "packed, isolated by document",
+            **asdict(packed_model.choose(model)),
+        }
+        if not recorded_choices["packing"]:
+            recorded_choices["attention"] = "the model's own, one document at a time"
+        run.update_environment(choices=recorded_choices)
+    torch.set_num_threads(recorded_choices["threads"])
+    display.choices(recorded_choices)
+    kept = {key: recorded_choices[key] for key in ("packing", "head", "scale", "softcap", "reason")}
+    return PackedModel(model, Choices(**kept)), recorded_choices
+
+
+# -- 3. and 5. ask ----------------------------------------------------------------------------------------------
+
+
+def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldout: Prepared | None) -> Exam:
+    """What is asked before and after."""
+    return Exam(
+        renderer=renderer,
+        stop_ids=loaded.chat.stop_ids,
+        questions=read_questions(config.questions),
+        system_message=config.system_message,
+        examples=heldout.examples if heldout else [],
+        samples=heldout.samples if heldout else [],
+        max_new_tokens=config.max_new_tokens,
+        max_asked_rows=config.max_asked_rows,
+    )
+
+
+def ask(exam: Exam, packed: PackedModel, token_budget: int, run: Run, name: str, display: Display) -> None:
+    """Let the model sit the exam and write its rows; what was asked before an interruption is not asked again."""
+    if not exam.questions and not exam.examples:
+        return
+    if name == "before.jsonl" and run.read_rows(name):
+        return
+    with display.asking(name.removesuffix(".jsonl")) as progress:
+        rows = as_rows(sit(exam, packed, token_budget, progress))
+    run.write_rows(name, rows)
+    if name == "before.jsonl":
+        display.before(rows)
+
+
+# -- 4. train ---------------------------------------------------------------------------------------------------
+
+
+def fit(
+    config: SFTConfig,
+    loaded: LoadedModel,
+    prepared: Prepared,
+    heldout: Prepared | None,
+    packed: PackedModel,
+    choices: dict[str, Any],
+    run: Run,
+    display: Display,
+    resume_from: Path | None,
+) -> tuple[LoopState, int, float]:
+    """Train; return the final state, the steps planned and the seconds it took."""
+    identity = {
+        "data": prepared.fingerprint,
+        "heldout": heldout.fingerprint if heldout else None,
+        "model": run.read_json("environment.json")["model"]["sha256"],
+        "template": loaded.tokenizer.chat_template,
+        "choices": {key: value for key, value in choices.items() if key != "reason"},
+        "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in NOT_IDENTITY},
+    }
+    state, tensors = LoopState(token_budget=choices["token_budget"]), None
+    if resume_from is not None:
+        state, tensors = _restore(resume_from, identity, run)
+    job = Job(
+        packed=packed,
+        samples=prepared.samples,
+        eval_samples=heldout.samples if heldout else [],
+        config=config,
+        run=run,
+        compute_dtype=DTYPES[choices["compute_dtype"]],
+        identity=identity,
+        display=display,
+    )
+    started = time.perf_counter()
+    state = train(job, state, tensors)
+    return state, DataOrder(len(job.by_example), config).total_steps, time.perf_counter() - started
+
+
+def _restore(path: Path, identity: dict[str, Any], run: Run) -> tuple[LoopState, dict[str, torch.Tensor]]:
+    state, saved, tensors = checkpoint.read(path)
+    changed = checkpoint.differences(saved, identity)
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to another run:\n    " + "\n    ".join(changed),
+            "undo the changes, or start a new run; a resume may change only logging, saving and a longer max_steps",
+        )
+    kept = [row for row in run.read_rows("metrics.jsonl") if row["step"] <= state.step]
+    run.write_rows("metrics.jsonl", kept[: len(state.log_history)])
+    run.event("resumed", step=state.step, checkpoint=path.name)
+    return state, tensors
+
+
+# -- 6. report --------------------------------------------------------------------------------------------------
+
+
+def conclude(run: Run, model: torch.nn.Module, display: Display) -> dict[str, Any] | None:
+    """Compare after with before and write ``comparison.json``; None when nothing was asked."""
+    before, after = run.read_rows("before.jsonl"), run.read_rows("after.jsonl")
+    if not before or not after:
+        return None
+    comparison = compare(before, after)
+    comparison["model_before_sha256"] = run.read_json("environment.json")["model"]["sha256"]
+    comparison["model_after_sha256"] = weights_sha256(model)
+    run.write_json("comparison.json", comparison)
+    display.after(before, after, comparison)
+    return comparison
+
+
+def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comparison: dict[str, Any] | None) -> str:
+    """The model card of the trained model."""
+    names = ", ".join(Path(name).name for name in data.facts.get("files", [])) or "rows given in Python"
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir", "resume_from_checkpoint"})
+    return model_card(
+        name=run.path.name,
+        base=loaded.name,
+        data=f"{len(data.train):,} rows ({names})",
+        settings=settings,
+        comparison=comparison,
+        version=__version__,
+    )
+
+
+# -- the run directory around it --------------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(run: Run, config: SFTConfig) -> Iterator[None]:
+    """Write settings and surroundings at the start, and how it ended at the end; unlock the run."""
+    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
+    run.event("started")
+    try:
+        yield
+    except BaseException as error:
+        status = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted", TrainingStopped: "stopped"}
+        run.update_environment(status=status.get(type(error), "failed"), finished=now())
+        run.event("ended", error=str(error) or type(error).__name__)
+        if isinstance(error, PostgradError):
+            write_report(run)
+        raise
+    else:
+        run.event("ended", error=None)
+    finally:
+        run.unlock()
+
+
+@contextmanager
+def timed(run: Run, stage: str) -> Iterator[None]:
+    """Record how long a stage took."""
+    started = time.perf_counter()
+    run.event("stage", stage=stage)
+    yield
+    seconds = run.read_json("environment.json", {}).get("seconds", {})
+    run.update_environment(seconds={**seconds, stage: round(time.perf_counter() - started, 3)})
+
+
+def now() -> str:
+    """The present time, ISO 8601 with zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _heldout(item: Check) -> Check:
+    return Check(
+        f"heldout-{item.name}", item.status, f"held-out rows: {item.message}", item.cure, item.rows, item.evidence
+    )
+
+
+def _mostly_reasoning(examples: Sequence[Example]) -> bool:
+    turns = [
+        message
+        for example in examples
+        if isinstance(example, Conversation)
+        for message in example.messages
+        if message["role"] == "assistant"
+    ]
+    return bool(turns) and sum(map(has_reasoning, turns)) * 2 >= len(turns)

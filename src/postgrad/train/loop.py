@@ -1,0 +1,279 @@
+"""The only training loop.
+
+    for each step: examples → batches → loss and gradient → update → log, evaluate, save
+
+Everything that a resume must reproduce is in :class:`LoopState`, in the optimizer and in torch's random state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgrad.config import SFTConfig
+from postgrad.data.pack import pack
+from postgrad.display import Display
+from postgrad.errors import Interrupted, TrainingStopped
+from postgrad.evaluate import heldout_loss, mean_loss
+from postgrad.methods import sft
+from postgrad.model.packed import PackedModel
+from postgrad.runs import Run
+from postgrad.train import checkpoint
+from postgrad.train.checkpoint import LoopState
+from postgrad.train.optim import MasterOptimizer, schedule
+from postgrad.train.order import DataOrder
+from postgrad.train.signals import StopRequest
+from postgrad.types import Sample, StepResult
+
+
+@dataclass(slots=True)
+class Job:
+    """What the loop trains on, with and for.
+
+    Args:
+        packed: the model.
+        samples: training Samples.
+        eval_samples: held-out Samples; may be empty.
+        config: settings.
+        run: the run directory, locked.
+        compute_dtype: dtype of the weights during forward and backward.
+        identity: fingerprints stored in checkpoints and compared on resume.
+        display: for people.
+    """
+
+    packed: PackedModel
+    samples: Sequence[Sample]
+    eval_samples: Sequence[Sample]
+    config: SFTConfig
+    run: Run
+    compute_dtype: torch.dtype
+    identity: dict[str, Any]
+    display: Display
+    by_example: list[list[Sample]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups: dict[int, list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(sample.example, []).append(sample)
+        self.by_example = [groups[example] for example in sorted(groups)]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.run.path / "checkpoints"
+
+
+def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = None) -> LoopState:
+    """Train, and leave the model with the final (or best) weights in the dtype it came in.
+
+    Args:
+        job: what to train.
+        state: a fresh state, or a checkpoint's.
+        tensors: the checkpoint's tensors when resuming.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        TrainingStopped: for a non-finite loss or gradient; no update was made from it.
+        Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    model, config = job.packed.model, job.config
+    order = DataOrder(len(job.by_example), config)
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.requires_grad]
+    torch.manual_seed(config.seed)
+    optimizer = MasterOptimizer(model, config, job.compute_dtype)
+    if tensors is not None:
+        optimizer.load_state(tensors)
+        checkpoint.restore_random_state(tensors)
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        with StopRequest() as stop, job.packed.attention(), job.display.training(order.total_steps, state.step):
+            _steps(job, state, optimizer, order, stop)
+        if config.load_best_model_at_end and state.best_step not in (None, state.step):
+            optimizer.load_state(checkpoint.read(job.checkpoints / f"step-{state.best_step}")[2])
+            job.display.note(f"the weights of step {state.best_step} are kept (best {_metric_name(config)})")
+    finally:
+        optimizer.restore_dtype(dtypes)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+    return state
+
+
+def _steps(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
+    rate = schedule(job.config, order.total_steps)
+    if job.config.eval_on_start and state.step == 0 and not state.pending:
+        _evaluate(job, state, order, stop)
+    while state.pending or (state.step < order.total_steps and not state.finished):
+        if not state.pending:
+            result = _one_step(job, state, optimizer, order, rate(state.step))
+            _record(job, state, result, order.total_steps)
+            state.pending = True
+        if not stop.requested():
+            _after_step(job, state, optimizer, order, stop)
+        if stop.requested():
+            path = checkpoint.save(job.checkpoints, state, optimizer, job.identity)
+            job.run.event("interrupted", step=state.step, signal=stop.signum)
+            raise Interrupted(
+                f"interrupted at step {state.step} of {order.total_steps}; saved {path}",
+                f"go on with 'postgrad resume {job.run.path}'",
+                signum=stop.signum or 2,
+            )
+
+
+def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, rate: float) -> StepResult:
+    """One optimizer step; when memory runs out, the same step again with half the token budget."""
+    started = time.perf_counter()
+    samples = [sample for example in order.step(state.step) for sample in job.by_example[example]]
+    random_state = torch.get_rng_state()
+    while True:
+        try:
+            loss = _gradient(job, samples, optimizer, state.token_budget)
+            break
+        except torch.OutOfMemoryError:
+            longest = max(len(sample) for sample in samples)
+            if state.token_budget <= longest:
+                raise
+            state.token_budget = max(longest, state.token_budget // 2)
+            optimizer.clear()
+            torch.cuda.empty_cache()
+            torch.set_rng_state(random_state)
+            job.run.event("out_of_memory", step=state.step, token_budget=state.token_budget)
+            job.display.note(f"out of memory: token budget halved to {state.token_budget:,}; the mathematics stays")
+    norm = optimizer.grad_norm()
+    if not math.isfinite(norm):
+        _refuse_nonfinite(job, samples, f"gradient norm is {norm}", state.step + 1)
+    optimizer.update(rate, norm)
+    return StepResult(
+        step=state.step + 1,
+        epoch=order.epoch(state.step + 1),
+        loss=loss,
+        grad_norm=norm,
+        learning_rate=rate,
+        tokens=sum(len(sample) for sample in samples),
+        trained_tokens=sum(sample.trained for sample in samples),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _gradient(job: Job, samples: list[Sample], optimizer: MasterOptimizer, token_budget: int) -> float:
+    """Accumulate the gradient of the step's loss and return the loss."""
+    packed = job.packed
+    scale = 1.0 / sft.denominator(samples)
+    losses, bad = [], []
+    for batch in pack(samples, token_budget, packing=packed.choices.packing, device=packed.model.device):
+        loss, nll_N = sft.loss(packed, batch, scale)
+        loss.backward()
+        optimizer.accumulate()
+        losses.append(loss.detach())
+        bad.append((batch, nll_N))
+    total = float(torch.stack(losses).to(torch.float64).sum())
+    if not math.isfinite(total):
+        culprits = {
+            batch.sample_ids[document]
+            for batch, nll_N in bad
+            for document in batch.document_N[~torch.isfinite(nll_N)].unique().tolist()
+        }
+        _refuse_nonfinite(job, [samples[i] for i in sorted(culprits)] or samples, f"loss is {total}")
+    return total
+
+
+def _refuse_nonfinite(job: Job, samples: list[Sample], what: str, step: int | None = None) -> None:
+    places = sorted({str(sample.source) for sample in samples})
+    job.run.event("non_finite", what=what, step=step, rows=places)
+    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    raise TrainingStopped(
+        f"the {what}; no update was made. Rows of the step: {shown}",
+        "look at those rows, lower learning_rate, or resume from the last checkpoint",
+    )
+
+
+def _record(job: Job, state: LoopState, result: StepResult, total_steps: int) -> None:
+    """Count a step, and log when it is due."""
+    config = job.config
+    state.step = result.step
+    state.tokens += result.tokens
+    state.loss_sum += result.loss
+    state.window.append(result.loss)
+    job.display.step(result)
+    first = config.logging_first_step and result.step == 1
+    if result.step % config.logging_steps and not first and result.step != total_steps:
+        return
+    row = {
+        "step": result.step,
+        "epoch": round(result.epoch, 6),
+        "loss": sum(state.window) / len(state.window),
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "num_tokens": state.tokens,
+        "tokens_per_second": result.tokens / result.seconds,
+        "time": time.time(),
+    }
+    state.window = []
+    _log(job, state, row)
+
+
+def _log(job: Job, state: LoopState, row: dict[str, Any]) -> None:
+    state.log_history.append(row)
+    job.run.append("metrics.jsonl", row)
+    job.display.log(row)
+
+
+def _after_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
+    """Evaluate and save when due. A stop request during the evaluation leaves the step pending."""
+    config, last = job.config, state.step == order.total_steps
+    due_eval = _due(config.eval_strategy, config.eval_steps or config.logging_steps, state.step, order, last=False)
+    if due_eval and job.eval_samples and not _evaluate(job, state, order, stop):
+        return
+    state.pending = False
+    is_best = due_eval and config.load_best_model_at_end and state.best_step == state.step
+    if is_best or _due(config.save_strategy, config.save_steps, state.step, order, last=last or state.finished):
+        path = checkpoint.save(job.checkpoints, state, optimizer, job.identity)
+        job.run.event("saved", step=state.step, path=path.name)
+        keep = state.best_step if config.load_best_model_at_end else None
+        checkpoint.prune(job.checkpoints, config.save_total_limit, keep)
+
+
+def _due(strategy: str, steps: int, step: int, order: DataOrder, *, last: bool) -> bool:
+    if strategy == "steps":
+        return step % steps == 0 or last
+    if strategy == "epoch":
+        return step % order.steps_per_epoch == 0 or step == order.total_steps
+    return False
+
+
+def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -> bool:
+    """Measure the held-out loss and keep account of the best; False when a stop request came in between."""
+    totals = heldout_loss(job.packed, job.eval_samples, state.token_budget, stop.requested)
+    if totals is None:
+        return False
+    loss, tokens = mean_loss(totals)
+    row = {"step": state.step, "epoch": round(order.epoch(state.step), 6), "eval_loss": loss, "eval_tokens": tokens}
+    _log(job, state, {**row, "time": time.time()})
+    better = -loss if job.config.greater_is_better else loss
+    gain = math.inf if state.best_metric is None else state.best_metric - better
+    if gain > 0:
+        state.best_metric, state.best_step = better, state.step
+    if gain > job.config.early_stopping_threshold:
+        state.bad_evaluations = 0
+        return True
+    state.bad_evaluations += 1
+    patience = job.config.early_stopping_patience
+    if patience is not None and state.bad_evaluations >= patience:
+        state.finished = True
+        job.run.event("early_stopping", step=state.step, best_step=state.best_step)
+        job.display.note(f"stopped early at step {state.step}: no gain in {patience} evaluations")
+    return True
+
+
+def _metric_name(config: SFTConfig) -> str:
+    return config.metric_for_best_model or "eval_loss"

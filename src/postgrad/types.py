@@ -1,0 +1,176 @@
+"""The values that pass between the stages of a run.
+
+Shape legend, used as suffixes of tensor names all over the code:
+
+    T   tokens of one packed batch (all its documents, end to end, no padding)
+    N   trained tokens of one batch
+    D   hidden size
+    V   vocabulary size
+    H   attention heads
+    S   documents (Samples) in one batch
+
+Nothing here imports torch at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a row came from: a file (or data set) and its line or row number, counted from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat in normalised form.
+
+    Args:
+        messages: dictionaries with ``role`` (system, user, assistant, tool) and ``content``, and where the row
+            had them ``tool_calls``, ``reasoning_content``, ``name``, ``tool_call_id`` and ``weight`` (0 or 1).
+        source: file and row.
+        tools: JSON schemas of the tools offered to the assistant.
+        answer: the exact answer of the last assistant turn, where the row carries one.
+        template_kwargs: the row's own chat-template variables.
+        given: how many leading messages are prompt and never trained (rows of ``prompt`` + ``completion`` messages).
+    """
+
+    messages: list[Message]
+    source: Source
+    tools: list[dict[str, Any]] | None = None
+    answer: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    given: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """Text without a chat template: ``completion`` is trained, ``prompt`` (may be empty) is not."""
+
+    prompt: str
+    completion: str
+    source: Source
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row tokenised by the user. ``labels[i]`` is ``input_ids[i]`` where trained and -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    source: Source
+
+
+Example = Conversation | TextRow | TokenRow
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One document as the model sees it.
+
+    Args:
+        ids_T: token ids, int64, shape (T,).
+        weights_T: how much each token counts as a *target*, float32, shape (T,): 0 for tokens that are only read.
+        source: file and row.
+        example: index of the example (row) it belongs to; several Samples may share one.
+    """
+
+    ids_T: np.ndarray
+    weights_T: np.ndarray
+    source: Source
+    example: int
+
+    def __len__(self) -> int:
+        return len(self.ids_T)
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens that count as targets. The first token of a document has nothing before it."""
+        return int((self.weights_T[1:] > 0).sum())
+
+
+@dataclass(slots=True)
+class Batch:
+    """Documents end to end in one dense row, without padding.
+
+    Args:
+        ids_T: int64, shape (T,).
+        positions_T: int64, shape (T,), counted from 0 in each document.
+        trained_N: int64, shape (N,): rows of the hidden states that predict a trained token.
+        targets_N: int64, shape (N,): the token each of those rows must predict (already shifted).
+        weights_N: float32, shape (N,).
+        cu_seqlens: int32, shape (S + 1,): where each document starts; the last entry is T.
+        lengths: the documents' lengths, as Python integers (no device synchronisation to read them).
+        sample_ids: for each document the index of its Sample in the list that was packed.
+        document_N: int64, shape (N,): which document of this batch a trained token belongs to.
+    """
+
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    trained_N: torch.Tensor
+    targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    cu_seqlens: torch.Tensor
+    lengths: list[int]
+    sample_ids: list[int]
+    document_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to one question.
+
+    Args:
+        text: the decoded answer without special tokens, stripped.
+        token_ids: the generated ids, the stop token included where there is one.
+        stop_reason: ``stop`` (a stop token was written), or ``length`` (cut at ``max_new_tokens``).
+        stop_token: the text of the stop token, or None.
+        prompt_tokens: length of the prompt in tokens.
+    """
+
+    text: str
+    token_ids: list[int]
+    stop_reason: str
+    stop_token: str | None
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step, as it is logged.
+
+    Args:
+        step: the number of optimizer steps done, counted from 1.
+        epoch: epochs done, fractional.
+        loss: mean loss per trained token of the step, natural logarithm.
+        grad_norm: L2 norm of the gradient before clipping.
+        learning_rate: the rate this step used.
+        tokens: tokens read in the step.
+        trained_tokens: of those, the ones that count as targets.
+        seconds: wall-clock time of the step.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
