@@ -56,10 +56,10 @@ def config(kind: str, **changes: Any) -> Any:
         "pad_token_id": 0,
     }
     if kind == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=608, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=None, eos_token_id=2,
-            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **changes,
-        )  # fmt: skip
+        gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        kept = {name: shape[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+        dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        return transformers.GPT2Config(**{**kept, **gpt2, **dropout, **changes})
     classes = {
         "llama": transformers.LlamaConfig,
         "qwen3": transformers.Qwen3Config,

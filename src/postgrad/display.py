@@ -33,7 +33,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Say something once."""
-        self.console.print(text, style="dim", highlight=False, markup=False)
+        self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def model(self, facts: dict[str, Any]) -> None:
         """Show what was loaded."""

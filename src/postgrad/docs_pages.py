@@ -234,7 +234,24 @@ def trl_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "trl.md": trl_page}
+def cli_page() -> str:
+    """``docs/cli.md``: the help of every command, as the program prints it."""
+    import typer
+
+    from postgrad.cli.main import app
+
+    root = typer.main.get_command(app)
+    sections = [GENERATED, "# Command line", ""]
+    waiting: list[tuple[list[str], Any]] = [(["postgrad"], root)]
+    while waiting:
+        names, command = waiting.pop(0)
+        context = command.context_class(command, info_name=" ".join(names), max_content_width=100, terminal_width=100)
+        sections += [f"## {' '.join(names)}", "", "```", command.get_help(context).rstrip(), "```", ""]
+        waiting = [([*names, name], child) for name, child in getattr(command, "commands", {}).items()] + waiting
+    return "\n".join(sections)
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "config.md": config_page, "trl.md": trl_page}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

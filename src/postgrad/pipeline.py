@@ -17,7 +17,9 @@ from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model
+from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
+from postgrad.resuming import resumed_config
 from postgrad.runs import Run
 from postgrad.stages import (
     Data,
@@ -31,9 +33,6 @@ from postgrad.stages import (
     make_card,
     make_exam,
     make_renderer,
-    now,
-    recorded,
-    timed,
 )
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
@@ -93,7 +92,7 @@ def resume(path: str | Path, overrides: dict[str, Any], display: Display) -> Out
             f"{path} was started from Python",
             "resume it there: SFTTrainer(…, args=SFTConfig(output_dir=…)).train(resume_from_checkpoint=True)",
         )
-    config = RunConfig(**{**values, **overrides, "output_dir": str(run.path)})
+    config = resumed_config(run, values, overrides)
     run.lock()
     try:
         found, rejected = checkpoint.newest(run.path / "checkpoints")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -94,6 +95,11 @@ class Run:
         """Whether the run is complete, or ended without a checkpoint, so that nothing can be resumed."""
         complete = self.read_json("environment.json", {}).get("status") == COMPLETE
         return complete or not any(self.path.glob("checkpoints/step-*"))
+
+    def discard(self) -> None:
+        """Remove a run directory that holds nothing worth keeping."""
+        self.unlock()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def lock(self) -> None:
         """Take the directory for this process.

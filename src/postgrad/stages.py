@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from postgrad import __version__, environment
-from postgrad.checks.prepare import Check, Prepared, overlap_check, prepare, report, require
+from postgrad import __version__
+from postgrad.checks.disk import disk_check
+from postgrad.checks.prepare import Check, Prepared, add_check, overlap_check, prepare, report, require
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.load import LoadedData, load_examples
 from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.data.split import split_heldout
 from postgrad.display import Display
-from postgrad.errors import CheckpointError, ConfigError, DataError, Interrupted, PostgradError, TrainingStopped
+from postgrad.errors import ConfigError, DataError
 from postgrad.evaluate import Exam, as_rows, compare, sit
 from postgrad.model import packed as packed_model
 from postgrad.model.load import (
@@ -36,9 +36,8 @@ from postgrad.model.load import (
 from postgrad.model.packed import Choices, PackedModel
 from postgrad.model.save import model_card
 from postgrad.model.template import Chat, freeze_variables
-from postgrad.report.page import write_report
+from postgrad.resuming import computed, restore
 from postgrad.runs import Run
-from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
 
 CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 16_384
-NOT_IDENTITY = {
-    "output_dir", "run_name", "resume_from_checkpoint", "disable_tqdm", "logging_steps", "logging_first_step",
-    "save_strategy", "save_steps", "save_total_limit", "max_steps",
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -303,11 +298,17 @@ def fit(
         "model": run.read_json("environment.json")["model"]["sha256"],
         "template": loaded.tokenizer.chat_template,
         "choices": {key: value for key, value in choices.items() if key != "reason"},
-        "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in NOT_IDENTITY},
+        "config": computed(config),
     }
+    order = DataOrder(len(prepared.examples), config)
+    disk = disk_check(run.path, loaded.model, config, order.total_steps, order.steps_per_epoch)
+    run.write_json("checks.json", add_check(run.read_json("checks.json"), disk))
+    if disk.status == "warn":
+        display.note(f"warning: {disk.name}: {disk.message}")
+    require([disk])
     state, tensors = LoopState(token_budget=choices["token_budget"]), None
     if resume_from is not None:
-        state, tensors = _restore(resume_from, identity, run)
+        state, tensors = restore(resume_from, identity, run)
     job = Job(
         packed=packed,
         samples=prepared.samples,
@@ -320,21 +321,7 @@ def fit(
     )
     started = time.perf_counter()
     state = train(job, state, tensors)
-    return state, DataOrder(len(job.by_example), config).total_steps, time.perf_counter() - started
-
-
-def _restore(path: Path, identity: dict[str, Any], run: Run) -> tuple[LoopState, dict[str, torch.Tensor]]:
-    state, saved, tensors = checkpoint.read(path)
-    changed = checkpoint.differences(saved, identity)
-    if changed:
-        raise CheckpointError(
-            f"{path} belongs to another run:\n    " + "\n    ".join(changed),
-            "undo the changes, or start a new run; a resume may change only logging, saving and a longer max_steps",
-        )
-    kept = [row for row in run.read_rows("metrics.jsonl") if row["step"] <= state.step]
-    run.write_rows("metrics.jsonl", kept[: len(state.log_history)])
-    run.event("resumed", step=state.step, checkpoint=path.name)
-    return state, tensors
+    return state, order.total_steps, time.perf_counter() - started
 
 
 # -- 6. report --------------------------------------------------------------------------------------------------
@@ -365,46 +352,6 @@ def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comp
         comparison=comparison,
         version=__version__,
     )
-
-
-# -- the run directory around it --------------------------------------------------------------------------------
-
-
-@contextmanager
-def recorded(run: Run, config: SFTConfig) -> Iterator[None]:
-    """Write settings and surroundings at the start, and how it ended at the end; unlock the run."""
-    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
-    run.event("started")
-    try:
-        yield
-    except BaseException as error:
-        status = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted", TrainingStopped: "stopped"}
-        run.update_environment(status=status.get(type(error), "failed"), finished=now())
-        run.event("ended", error=str(error) or type(error).__name__)
-        if isinstance(error, PostgradError):
-            write_report(run)
-        raise
-    else:
-        run.event("ended", error=None)
-    finally:
-        run.unlock()
-
-
-@contextmanager
-def timed(run: Run, stage: str) -> Iterator[None]:
-    """Record how long a stage took."""
-    started = time.perf_counter()
-    run.event("stage", stage=stage)
-    yield
-    seconds = run.read_json("environment.json", {}).get("seconds", {})
-    run.update_environment(seconds={**seconds, stage: round(time.perf_counter() - started, 3)})
-
-
-def now() -> str:
-    """The present time, ISO 8601 with zone."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _heldout(item: Check) -> Check:

@@ -21,8 +21,9 @@ from postgrad.model.packed import PackedModel
 from postgrad.model.save import save_model
 from postgrad.model.template import prepare_chat
 from postgrad.pipeline import Outcome, fine_tune
+from postgrad.recording import recorded
 from postgrad.runs import Run
-from postgrad.stages import CPU_TOKEN_BUDGET, Data, check, make_card, make_renderer, recorded
+from postgrad.stages import CPU_TOKEN_BUDGET, Data, check, make_card, make_renderer
 from postgrad.train import checkpoint
 
 if TYPE_CHECKING:

@@ -136,6 +136,12 @@ def report(prepared: Prepared, renderer: Renderer, more: Sequence[Check] = ()) -
     }
 
 
+def add_check(content: dict[str, Any], check: Check) -> dict[str, Any]:
+    """The content of ``checks.json`` with one more check; one of the same name is replaced."""
+    others = [known for known in content["checks"] if known["name"] != check.name]
+    return {**content, "checks": [*others, asdict(check)]}
+
+
 def require(checks: Sequence[Check]) -> None:
     """Stop when a check refuses.
 

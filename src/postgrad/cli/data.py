@@ -17,7 +17,7 @@ app = typer.Typer(help="Look at data and check it.", no_args_is_help=True, rich_
 FILE = Annotated[str, typer.Argument(help="File, folder, hub data set or 'demo'.")]
 ITEMS = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[name=value]...", help="Options, as in docs/config.md.", show_default=False),
+    typer.Argument(metavar="name=value", help="Options, as in docs/config.md.", show_default=False),
 ]
 
 

@@ -10,12 +10,11 @@ import sys
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 
 from postgrad.cli import data, models, runs
 from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, settings
-from postgrad.errors import PostgradError
+from postgrad.errors import ConfigError, PostgradError
 
 HELP = """Post-training of causal language models that you can prove.
 
@@ -105,7 +104,7 @@ def sft(
     words = [*([config] if config else []), *(items or [])]
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        raise click.UsageError(f"one config file, not {len(files)}: {' '.join(files)}")
+        raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
     given = settings([word for word in words if "=" in word], model, dataset, output_dir)
     _sft(files[0] if files else None, given, as_json)
 
@@ -158,7 +157,7 @@ def _finish(outcome: Any, as_json: bool) -> None:
     print(f"report  {outcome.report}")
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _stop(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
@@ -171,24 +170,18 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code; see :mod:`postgrad.errors`.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    previous = [(signum, signal.signal(signum, _stop)) for signum in (signal.SIGINT, signal.SIGTERM)]
     try:
-        code = app(arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        app(arguments, prog_name="postgrad")
+    except SystemExit as ending:
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except PostgradError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+    finally:
+        for signum, handler in previous:
+            signal.signal(signum, handler)
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ OUT = Annotated[
 ]
 CONFIG = Annotated[
     Optional[str],
-    typer.Argument(metavar="[CONFIG.yaml]", help="File of options.", show_default=False),
+    typer.Argument(metavar="CONFIG.yaml", help="File of options.", show_default=False),
 ]
 ITEMS = Annotated[
     Optional[list[str]],
-    typer.Argument(metavar="[name=value]...", help="Options, as in docs/config.md.", show_default=False),
+    typer.Argument(metavar="name=value", help="Options, as in docs/config.md.", show_default=False),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, the rest on stderr.")]
 

@@ -13,6 +13,7 @@ from postgrad.data.jsontext import dumps
 from postgrad.data.rows import RawRow, RawTable, excerpt
 from postgrad.data.spec import Spec
 from postgrad.errors import DataError
+from postgrad.nearby import did_you_mean
 from postgrad.types import Source
 
 _MEDIA = ("Image", "Audio", "Video")
@@ -37,7 +38,8 @@ def read_hub(spec: Spec, *, split: str, revision: str | None, config_name: str |
     try:
         dataset = datasets.load_dataset(spec.name, config_name, split=split, revision=revision)
     except Exception as error:
-        raise _hub_error(error, spec, split, revision) from None
+        found = _hub_error(error, spec, split, revision)
+        raise DataError(found.reason, did_you_mean(Path(spec.name), found.cure or ""), file=found.file) from None
     sums = getattr(dataset.info, "download_checksums", None) or {}
     return _window(dataset, spec, limit, spec.text, sorted(sums) or [spec.name])
 

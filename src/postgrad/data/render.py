@@ -9,14 +9,15 @@ several Samples out of one conversation.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
-from postgrad.errors import DataError
+from postgrad.data.chat import has_reasoning, left_out, reasoning_of, render_text, tools_left_out
+from postgrad.errors import DataError, ModelError
 from postgrad.types import Conversation, Example, Message, Sample, Source, TextRow, TokenRow
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class Renderer:
             return self._render_text_row(example, index)
         try:
             return self._render_chat(example, index)
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        except ModelError as error:
             raise DataError(
-                f"the chat template refuses this row: {error}",
+                f"{error.message} on this row",
                 "change the row, or give another template with chat_template_path=FILE",
                 file=example.source.file,
                 row=example.source.row,
@@ -124,13 +125,17 @@ class Renderer:
             return self._with_bos(self._encode(example.prompt))
         last = max((i for i, m in enumerate(example.messages) if m["role"] == "assistant"), default=None)
         messages = example.messages if last is None else example.messages[:last]
-        thinking = {} if last is None else self._thinking(example.messages[last])
-        return self.question_ids(messages, example.tools, {**example.template_kwargs, **thinking})
+        variables = self._variables(example, example.messages[-1 if last is None else last])
+        return self._encode(self._text(messages, True, example.tools, variables))
 
     def question_ids(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, kwargs: dict[str, Any] | None = None
     ) -> list[int]:
-        """The tokens of a prompt: messages, then the generation prompt."""
+        """The tokens of a prompt: messages, then the generation prompt.
+
+        Raises:
+            ModelError: when the template refuses the messages.
+        """
         variables = {**self.options.template_kwargs, **(kwargs or {})}
         return self._encode(self._text(messages, True, tools, variables))
 
@@ -168,7 +173,7 @@ class Renderer:
 
     def _turn(self, example: Conversation, position: int, result: Rendered) -> Turn:
         message = example.messages[position]
-        variables = {**self.options.template_kwargs, **self._thinking(message), **example.template_kwargs}
+        variables = self._variables(example, message)
         prompt = self._text(example.messages[:position], True, example.tools, variables)
         upto = self._text(example.messages[: position + 1], False, example.tools, variables)
         piece = self._continuation(prompt, upto, position, example, result)
@@ -177,21 +182,29 @@ class Renderer:
             raise self._error(
                 example, position, "the rendered answer has no stop token, so the model would not learn to stop"
             )
-        reasoning = message.get("reasoning_content")
-        if reasoning and reasoning.strip() not in piece:
-            raise self._error(example, position, "the chat template leaves the reasoning_content out")
-        return Turn(prompt, piece[: stop.end()])
+        piece = piece[: stop.end()]
+        self._refuse_left_out(example, position, prompt, piece)
+        return Turn(prompt, piece)
 
     def _continuation(self, prompt: str, upto: str, position: int, example: Conversation, result: Rendered) -> str:
         """The part of the rendered conversation that continues the generation prompt."""
         if upto.startswith(prompt):
             return upto[len(prompt) :]
         # A prompt may supply a think block that the rendered history does not have.
-        for pattern, closing in ((EMPTY_THINK, ""), (OPEN_THINK, "\n</think>\n\n")):
-            block = pattern.search(prompt)
-            if block and upto.startswith(prompt[: block.start()]):
-                result.closed_think += bool(closing)
-                return closing + upto[block.start() :].lstrip("\n")
+        reasoning = reasoning_of(example.messages[position])
+        block = EMPTY_THINK.search(prompt)
+        if block and reasoning:
+            raise self._error(example, position, "the answer has reasoning, but the prompt closes its think block")
+        block = block or OPEN_THINK.search(prompt)
+        if block and upto.startswith(prompt[: block.start()]):
+            rest = upto[block.start() :]
+            if "</think>" in block.group():
+                return rest
+            if not reasoning:
+                result.closed_think += 1
+                return "\n</think>\n\n" + rest
+            newline = "" if prompt.endswith("\n") else "\n"
+            return f"{newline}{reasoning}\n</think>\n\n" + rest.lstrip("\n")
         shared = next(
             (i for i, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), min(len(prompt), len(upto))
         )
@@ -207,20 +220,20 @@ class Renderer:
         unweighted = next((i for i, m in enumerate(example.messages) if m.get("weight", 1) != 1), None)
         if unweighted is not None:
             raise self._error(example, unweighted, "a message weight has no place where every token is trained")
-        thinking = self._thinking(example.messages[-1])
-        variables = {**self.options.template_kwargs, **thinking, **example.template_kwargs}
-        ids = np.asarray(self._encode(self._text(example.messages, False, example.tools, variables)), dtype=np.int64)
+        text = self._text(example.messages, False, example.tools, self._variables(example, example.messages[-1]))
+        for position, message in enumerate(example.messages):
+            self._refuse_missing(example, position, left_out(message, text))
+        ids = np.asarray(self._encode(text), dtype=np.int64)
         return Sample(ids, np.ones(len(ids), dtype=np.float32), example.source, index)
 
     def _text(
         self, messages: list[Message], prompt: bool, tools: list[dict[str, Any]] | None, variables: dict[str, Any]
     ) -> str:
-        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=prompt, tools=list(tools) if tools else None, **variables
-            )
-        )
+        return render_text(self.tokenizer, messages, add_generation_prompt=prompt, tools=tools, **variables)
+
+    def _variables(self, example: Conversation, message: Message) -> dict[str, Any]:
+        """Template variables for one answer: by what it holds, then the run's, then the row's own."""
+        return {**self._thinking(message), **self.options.template_kwargs, **example.template_kwargs}
 
     def _thinking(self, message: Message) -> dict[str, Any]:
         wanted = self.options.enable_thinking
@@ -228,8 +241,29 @@ class Renderer:
 
     def _refuse_stop_inside(self, example: Conversation) -> None:
         for position, message in enumerate(example.messages):
-            if message["role"] == "assistant" and self.stop_pattern.search(message.get("content") or ""):
-                raise self._error(example, position, "the answer contains the text of a stop token")
+            if message["role"] != "assistant":
+                continue
+            for key in ("content", "reasoning_content", "tool_calls"):
+                value = message.get(key) or ""
+                if self.stop_pattern.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+                    raise self._error(example, position, f"the answer's {key} contains the text of a stop token")
+
+    def _refuse_left_out(self, example: Conversation, position: int, prompt: str, piece: str) -> None:
+        """Refuse a row of which the template does not write everything."""
+        for earlier, message in enumerate(example.messages[:position]):
+            if message["role"] != "assistant":
+                self._refuse_missing(example, earlier, left_out(message, prompt))
+        answer = example.messages[position]
+        self._refuse_missing(example, position, left_out(answer, piece))
+        if reasoning_of(answer) not in piece:
+            self._refuse_missing(example, position, "reasoning")
+        tool = tools_left_out(example.tools, prompt)
+        if tool is not None:
+            raise self._error(example, position, f"the chat template leaves the tool {tool!r} out")
+
+    def _refuse_missing(self, example: Conversation, position: int, what: str | None) -> None:
+        if what is not None:
+            raise self._error(example, position, f"the chat template leaves the {what} of this message out")
 
     def _has_special(self, message: Message) -> bool:
         return self.special_pattern.search(message.get("content") or "") is not None
@@ -249,18 +283,21 @@ class Renderer:
     def _tokenise(self, text: str, turns: list[Turn], source: Source, index: int, result: Rendered) -> list[Sample]:
         ids, offsets = self._encode_with_offsets(text)
         weights = np.zeros(len(ids), dtype=np.float32)
+        apart = []
         for turn in turns:
             start, end = len(turn.prompt), len(turn.prompt) + len(turn.piece)
             prefix = self._encode(turn.prompt)
             span = _token_span(offsets, start, end)
             agree = span is not None and span[0] == len(prefix) and ids[: len(prefix)] == prefix
             if span is None or not agree or ids[span[1] - 1] not in self.stop_ids:
-                return [self._tokenise_apart(turn, source, index, result) for turn in turns]
+                apart.append(self._tokenise_apart(turn, source, index, result))
+                continue
             weights[span[0] : span[1]] = 1
-        return [Sample(np.asarray(ids, dtype=np.int64), weights, source, index)]
+        whole = [Sample(np.asarray(ids, dtype=np.int64), weights, source, index)] if len(apart) < len(turns) else []
+        return whole + apart
 
     def _tokenise_apart(self, turn: Turn, source: Source, index: int, result: Rendered) -> Sample:
-        prefix, piece = self._encode(turn.prompt), self._encode(turn.piece)
+        prefix, piece = self._encode(turn.prompt), self._encode_after(turn.piece)
         if piece[-1] not in self.stop_ids:
             raise DataError(
                 f"the stop token is not one token at the end of the answer (ends in {piece[-3:]})",
@@ -280,7 +317,7 @@ class Renderer:
         prefix = self._with_bos(self._encode(row.prompt))
         whole = self._with_bos(self._encode(row.prompt + completion))
         if whole[: len(prefix)] != prefix:
-            whole = prefix + self._encode(completion)
+            whole = prefix + self._encode_after(completion)
             result.split += 1
         weights = np.ones(len(whole), dtype=np.float32)
         if self.options.completion_only_loss is not False and row.prompt:
@@ -290,6 +327,11 @@ class Renderer:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _encode_after(self, text: str) -> list[int]:
+        """Tokens of a text that continues another: without the space that some tokenizers put before a beginning."""
+        before, both = self._encode("\n"), self._encode("\n" + text)
+        return both[len(before) :] if both[: len(before)] == before else self._encode(text)
 
     def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
         if not self.tokenizer.is_fast:
@@ -303,17 +345,15 @@ class Renderer:
         return [self.bos, *ids]
 
 
-def has_reasoning(message: Message) -> bool:
-    """Whether an assistant message carries reasoning, in its own field or as a think block."""
-    return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
-
-
 def _token_span(offsets: list[tuple[int, int]] | None, start: int, end: int) -> tuple[int, int] | None:
-    """Indices [first, last + 1) of the tokens inside the characters [start, end); None where one straddles."""
+    """Indices [first, last + 1) of the tokens of the characters [start, end); None where one straddles the start.
+
+    The last may reach beyond the end: some stop tokens take in the white space after them.
+    """
     if offsets is None:
         return None
     inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
-    if not inside or offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end:
+    if not inside or offsets[inside[0]][0] < start:
         return None
     return inside[0], inside[-1] + 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from postgrad.model.demo import DEMO_MODEL, demo_model_folder, gguf_folder
 from postgrad.model.packed import embedding_rows
 from postgrad.model.quiet import quiet
 from postgrad.model.template import Chat, prepare_chat
+from postgrad.nearby import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{name}: {_first_line(error)}", _cure(name, error)) from None
+        raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
     place(model, where)
     chat = prepare_chat(
         tokenizer,
@@ -131,7 +131,7 @@ def load_tokenizer(
         except OSError:
             generation = GenerationConfig.from_model_config(config)
     except Exception as error:
-        raise ModelError(f"{name}: {_first_line(error)}", _cure(name, error)) from None
+        raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
     settled = {"chat_template_path": chat_template_path, "eos_token": eos_token, "pad_token": pad_token}
     return tokenizer, prepare_chat(tokenizer, generation, **settled), _context(config, tokenizer)
 
@@ -293,11 +293,7 @@ def _from_modelscope(name: str, revision: str | None) -> Path:
 
 
 def _similar(path: Path) -> str:
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(str(path.parent / entry) for entry in near) + "?"
-    return "give a model folder, a .gguf file, a hub name or smollm2-demo"
+    return did_you_mean(path, "give a model folder, a .gguf file, a hub name or smollm2-demo")
 
 
 def _first_line(error: Exception) -> str:

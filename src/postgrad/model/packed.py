@@ -135,7 +135,7 @@ def _probe(model: PreTrainedModel) -> Choices:
     head, scale, softcap, reason = _probe_head(model, documents[0], alone[0])
     try:
         together = _packed_logits(model, documents)
-        packing = _close(together, torch.cat(alone), model.dtype)
+        packing = _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together)
         reason = reason if packing else "packed documents do not give what each gives alone: one by one instead"
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         packing, reason = False, f"documents go one by one: {error}"
@@ -169,6 +169,13 @@ def _packed_logits(model: PreTrainedModel, documents: list[torch.Tensor]) -> tor
     with packed_attention(model):
         inputs = _inputs(torch.cat(documents), positions, starts, max(lengths), True)
         return model(**inputs, use_cache=False).logits[0].float()
+
+
+def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV: torch.Tensor) -> bool:
+    """Whether the second document's logits stay when the first changes: exact, where rounding would hide a leak."""
+    start = len(documents[0])
+    again_TV = _packed_logits(model, [documents[0].flip(0), *documents[1:]])
+    return bool((again_TV[start:] - together_TV[start:]).norm() <= 1e-5 * together_TV[start:].norm())
 
 
 def _inputs(

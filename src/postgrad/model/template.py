@@ -1,8 +1,8 @@
 """The chat template and the tokens around it: fallback, BOS, stop tokens, padding, frozen variables.
 
 A template is settled once, when the model is loaded, and then used unchanged for training, asking and serving;
-it is saved with the model. Templates are untrusted: transformers renders them in a sandbox, and the first
-renderings here run under a time limit.
+it is saved with the model. Templates are untrusted: transformers renders them in a sandbox, and
+:mod:`postgrad.data.chat` within limits of time and size.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from postgrad.data.chat import render_text
 from postgrad.data.render import adds_bos
 from postgrad.errors import CheckError, ConfigError, ModelError
-from postgrad.limits import time_limit
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-RENDER_SECONDS = 10.0
-MAX_RENDERED = 100_000_000
 FROZEN = re.compile(r"^\{#- frozen by postgrad -#\}.*?\{#- end -#\}", re.DOTALL)
 SENTINEL = "postgradsentinel"
 
@@ -97,32 +93,6 @@ def prepare_chat(
     return Chat(source, stop_ids, [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids], notes)
 
 
-def render_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    tools: list[dict[str, Any]] | None = None,
-    **variables: Any,
-) -> str:
-    """Render messages with the tokenizer's template.
-
-    Raises:
-        jinja2.TemplateError: what the template itself raises (a refused role order, for example).
-        ValueError: when the rendering is larger than 100 MB.
-    """
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        tools=list(tools) if tools else None,
-        **variables,
-    )
-    if len(text) > MAX_RENDERED:
-        raise ValueError(f"the chat template wrote {len(text):,} characters")
-    return str(text)
-
-
 def freeze_variables(
     tokenizer: PreTrainedTokenizerBase, *, today: date, enable_thinking: bool, variables: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -171,11 +141,17 @@ def _freeze(template: str, today: date, enable_thinking: bool, variables: dict[s
     )
     if not values:
         return body, {}
-    sets = "".join(
-        f"{{%- set {name} = {name} | default({json.dumps(value, ensure_ascii=False)}) -%}}"
-        for name, value in values.items()
-    )
+    sets = "".join(f"{{%- set {name} = {name} | default({_literal(value)}) -%}}" for name, value in values.items())
     return f"{{#- frozen by postgrad -#}}{sets}{{#- end -#}}{body}", values
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja writes it: as in JSON, but null is none."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _settle_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> str:
@@ -207,24 +183,10 @@ def _read_template(path: str) -> str:
     return str(template)
 
 
-def probe(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
-    """Render a small conversation under a time limit.
-
-    Raises:
-        ModelError: when the template fails or does not finish.
-    """
-    try:
-        with time_limit(RENDER_SECONDS, "rendering two short messages with the chat template"):
-            return render_text(tokenizer, messages, **{"add_generation_prompt": False, **options})
-    except (jinja2.TemplateError, TimeoutError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
-        raise ModelError(
-            f"the chat template cannot render a question and an answer: {error or type(error).__name__}",
-            "give another with chat_template_path=FILE",
-        ) from None
-
-
 def _exchange(tokenizer: PreTrainedTokenizerBase) -> str:
-    return probe(tokenizer, [{"role": "user", "content": "Q"}, {"role": "assistant", "content": SENTINEL}])
+    """A question and an answer, rendered."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": SENTINEL}]
+    return render_text(tokenizer, messages, add_generation_prompt=False)
 
 
 def _settle_bos(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:

@@ -83,9 +83,7 @@ def save(folder: Path, state: LoopState, optimizer: MasterOptimizer, identity: d
         files = {name: sha256_of(temporary / name) for name in (TENSORS, STATE)}
         _sync(temporary / TENSORS)
         _write(temporary / MANIFEST, {"format": FORMAT, "files": files})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync(folder)
+        _put(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise PostgradError(
@@ -95,18 +93,46 @@ def save(folder: Path, state: LoopState, optimizer: MasterOptimizer, identity: d
     return final
 
 
+def _put(temporary: Path, final: Path) -> None:
+    """Rename a finished checkpoint to its name; one of the same step stays until the new one is in place."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Mend what a killed save left: a half-written checkpoint goes, one that was to be replaced comes back."""
+    for old in folder.glob(".step-*.old"):
+        final = folder / old.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, final)
+    for half in folder.glob(".step-*.writing"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def saved(folder: Path) -> list[Path]:
+    """Every checkpoint in a run's ``checkpoints`` folder, valid or not, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of)
+
+
 def prune(folder: Path, limit: int | None, keep_step: int | None) -> None:
     """Remove the oldest checkpoints over ``limit``, never the best (``keep_step``) nor the newest."""
     if limit is None:
         return
-    steps = sorted(step_of(path) for path in folder.glob("step-*"))
+    steps = [step_of(path) for path in saved(folder)]
     removable = [step for step in steps[:-1] if step != keep_step]
     for step in removable[: max(0, len(steps) - limit)]:
         shutil.rmtree(folder / f"step-{step}")
 
 
 def newest(folder: Path) -> tuple[Path, list[str]]:
-    """Find the newest valid checkpoint.
+    """Find the newest valid checkpoint, and mend what a killed save left.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -117,8 +143,9 @@ def newest(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: when there is none.
     """
+    _tidy(folder)
     rejected: list[str] = []
-    for path in sorted(folder.glob("step-*"), key=step_of, reverse=True):
+    for path in reversed(saved(folder)):
         problem = verify(path)
         if problem is None:
             return path, rejected
@@ -133,8 +160,8 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != FORMAT:
             return f"format {manifest.get('format')} is not this version's ({FORMAT})"
-        for name, expected in manifest["files"].items():
-            if sha256_of(path / name) != expected:
+        for name in (TENSORS, STATE):
+            if sha256_of(path / name) != manifest["files"][name]:
                 return f"{name} was altered or cut short"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

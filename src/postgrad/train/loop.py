@@ -8,6 +8,7 @@ Everything that a resume must reproduce is in :class:`LoopState`, in the optimiz
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from postgrad.config import SFTConfig
 from postgrad.data.pack import pack
 from postgrad.display import Display
-from postgrad.errors import Interrupted, TrainingStopped
+from postgrad.errors import Interrupted, PostgradError, TrainingStopped
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.methods import sft
 from postgrad.model.packed import PackedModel
@@ -111,8 +112,8 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
 
 def _steps(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
     rate = schedule(job.config, order.total_steps)
-    if job.config.eval_on_start and state.step == 0 and not state.pending:
-        _evaluate(job, state, order, stop)
+    if job.config.eval_on_start and _is_fresh(state) and not _evaluate(job, state, order, stop):
+        _interrupt(job, state, optimizer, order, stop)
     while state.pending or (state.step < order.total_steps and not state.finished):
         if not state.pending:
             result = _one_step(job, state, optimizer, order, rate(state.step))
@@ -121,13 +122,21 @@ def _steps(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOr
         if not stop.requested():
             _after_step(job, state, optimizer, order, stop)
         if stop.requested():
-            path = checkpoint.save(job.checkpoints, state, optimizer, job.identity)
-            job.run.event("interrupted", step=state.step, signal=stop.signum)
-            raise Interrupted(
-                f"interrupted at step {state.step} of {order.total_steps}; saved {path}",
-                f"go on with 'postgrad resume {job.run.path}'",
-                signum=stop.signum or 2,
-            )
+            _interrupt(job, state, optimizer, order, stop)
+
+
+def _is_fresh(state: LoopState) -> bool:
+    return state.step == 0 and not state.log_history
+
+
+def _interrupt(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
+    path = checkpoint.save(job.checkpoints, state, optimizer, job.identity)
+    job.run.event("interrupted", step=state.step, signal=stop.signum)
+    raise Interrupted(
+        f"interrupted at step {state.step} of {order.total_steps}; saved {path}",
+        f"go on with 'postgrad resume {job.run.path}'",
+        signum=stop.signum or signal.SIGINT,
+    )
 
 
 def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, rate: float) -> StepResult:
@@ -137,18 +146,14 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
     random_state = torch.get_rng_state()
     while True:
         try:
-            loss = _gradient(job, samples, optimizer, state.token_budget)
+            loss = _gradient(job, samples, optimizer, state)
             break
         except torch.OutOfMemoryError:
-            longest = max(len(sample) for sample in samples)
-            if state.token_budget <= longest:
-                raise
-            state.token_budget = max(longest, state.token_budget // 2)
-            optimizer.clear()
-            torch.cuda.empty_cache()
-            torch.set_rng_state(random_state)
-            job.run.event("out_of_memory", step=state.step, token_budget=state.token_budget)
-            job.display.note(f"out of memory: token budget halved to {state.token_budget:,}; the mathematics stays")
+            pass  # what the failed pass held is free once its traceback is gone, which is here
+        optimizer.clear()
+        torch.cuda.empty_cache()
+        torch.set_rng_state(random_state)
+        _shrink_budget(job, state, max(len(sample) for sample in samples))
     norm = optimizer.grad_norm()
     if not math.isfinite(norm):
         _refuse_nonfinite(job, samples, f"gradient norm is {norm}", state.step + 1)
@@ -165,12 +170,23 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
     )
 
 
-def _gradient(job: Job, samples: list[Sample], optimizer: MasterOptimizer, token_budget: int) -> float:
+def _shrink_budget(job: Job, state: LoopState, longest: int) -> None:
+    if state.token_budget <= longest:
+        raise PostgradError(
+            f"out of memory in step {state.step + 1}, although its longest row, {longest:,} tokens, went alone",
+            "lower max_length, set gradient_checkpointing=true, or use a smaller model",
+        )
+    state.token_budget = max(longest, state.token_budget // 2)
+    job.run.event("out_of_memory", step=state.step + 1, token_budget=state.token_budget)
+    job.display.note(f"out of memory: token budget lowered to {state.token_budget:,}; the mathematics stays")
+
+
+def _gradient(job: Job, samples: list[Sample], optimizer: MasterOptimizer, state: LoopState) -> float:
     """Accumulate the gradient of the step's loss and return the loss."""
     packed = job.packed
     scale = 1.0 / sft.denominator(samples)
     losses, bad = [], []
-    for batch in pack(samples, token_budget, packing=packed.choices.packing, device=packed.model.device):
+    for batch in pack(samples, state.token_budget, packing=packed.choices.packing, device=packed.model.device):
         loss, nll_N = sft.loss(packed, batch, scale)
         loss.backward()
         optimizer.accumulate()
@@ -183,16 +199,16 @@ def _gradient(job: Job, samples: list[Sample], optimizer: MasterOptimizer, token
             for batch, nll_N in bad
             for document in batch.document_N[~torch.isfinite(nll_N)].unique().tolist()
         }
-        _refuse_nonfinite(job, [samples[i] for i in sorted(culprits)] or samples, f"loss is {total}")
+        _refuse_nonfinite(job, [samples[i] for i in sorted(culprits)] or samples, f"loss is {total}", state.step + 1)
     return total
 
 
-def _refuse_nonfinite(job: Job, samples: list[Sample], what: str, step: int | None = None) -> None:
+def _refuse_nonfinite(job: Job, samples: list[Sample], what: str, step: int) -> None:
     places = sorted({str(sample.source) for sample in samples})
     job.run.event("non_finite", what=what, step=step, rows=places)
     shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
     raise TrainingStopped(
-        f"the {what}; no update was made. Rows of the step: {shown}",
+        f"step {step}: the {what}; no update was made. Rows: {shown}",
         "look at those rows, lower learning_rate, or resume from the last checkpoint",
     )
 
@@ -259,10 +275,9 @@ def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -
     loss, tokens = mean_loss(totals)
     row = {"step": state.step, "epoch": round(order.epoch(state.step), 6), "eval_loss": loss, "eval_tokens": tokens}
     _log(job, state, {**row, "time": time.time()})
-    better = -loss if job.config.greater_is_better else loss
-    gain = math.inf if state.best_metric is None else state.best_metric - better
+    gain = _gain(loss, state.best_metric, job.config)
     if gain > 0:
-        state.best_metric, state.best_step = better, state.step
+        state.best_metric, state.best_step = loss, state.step
     if gain > job.config.early_stopping_threshold:
         state.bad_evaluations = 0
         return True
@@ -273,6 +288,15 @@ def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -
         job.run.event("early_stopping", step=state.step, best_step=state.best_step)
         job.display.note(f"stopped early at step {state.step}: no gain in {patience} evaluations")
     return True
+
+
+def _gain(loss: float, best: float | None, config: SFTConfig) -> float:
+    """By how much an evaluation is better than the best so far; a loss that is not finite is never better."""
+    if not math.isfinite(loss):
+        return -math.inf
+    if best is None:
+        return math.inf
+    return loss - best if config.greater_is_better else best - loss
 
 
 def _metric_name(config: SFTConfig) -> str:

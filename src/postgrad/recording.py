@@ -1,0 +1,57 @@
+"""How a run's surroundings, times and ending get into its directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+import torch
+
+from postgrad import environment
+from postgrad.config import SFTConfig
+from postgrad.errors import Interrupted, PostgradError, TrainingStopped
+from postgrad.report.page import write_report
+from postgrad.runs import Run
+
+
+@contextmanager
+def recorded(run: Run, config: SFTConfig) -> Iterator[None]:
+    """Write settings and surroundings at the start, and how it ended at the end; unlock the run."""
+    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
+    run.event("started")
+    try:
+        yield
+    except BaseException as error:
+        ending = "stopped" if isinstance(error, TrainingStopped) else "failed"
+        if isinstance(error, Interrupted | KeyboardInterrupt | SystemExit):
+            ending = "interrupted"
+        run.update_environment(status=ending, finished=now())
+        run.event("ended", error=str(error) or type(error).__name__)
+        if not (run.path / "checks.json").exists():
+            run.discard()  # it never came to look at the data: the error on the terminal says it all
+        elif isinstance(error, PostgradError):
+            write_report(run)
+        raise
+    else:
+        run.event("ended", error=None)
+    finally:
+        run.unlock()
+
+
+@contextmanager
+def timed(run: Run, stage: str) -> Iterator[None]:
+    """Record how long a stage took."""
+    started = time.perf_counter()
+    run.event("stage", stage=stage)
+    yield
+    seconds = run.read_json("environment.json", {}).get("seconds", {})
+    run.update_environment(seconds={**seconds, stage: round(time.perf_counter() - started, 3)})
+
+
+def now() -> str:
+    """The present time, ISO 8601 with zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")

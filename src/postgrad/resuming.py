@@ -1,0 +1,66 @@
+"""What a resume may change, and what it takes back from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postgrad.config import RunConfig, SFTConfig
+from postgrad.errors import CheckpointError, ConfigError
+from postgrad.runs import Run
+from postgrad.train import checkpoint
+from postgrad.train.checkpoint import LoopState
+
+NOT_COMPUTED = {
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "logging_steps",
+    "logging_first_step",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "max_steps",
+}
+
+
+def resumed_config(run: Run, values: dict[str, Any], overrides: dict[str, Any]) -> RunConfig:
+    """The settings of a resume: the run's own, and overrides that cannot change what is computed.
+
+    Raises:
+        CheckpointError: when an override would.
+        ConfigError: when the run is complete and is not made longer.
+    """
+    old, new = RunConfig(**values), RunConfig(**{**values, **overrides, "output_dir": str(run.path)})
+    changed = checkpoint.differences(computed(old), computed(new))
+    if changed:
+        raise CheckpointError(
+            "a resume cannot change:\n    " + "\n    ".join(changed),
+            "leave it, or start a new run; only logging, saving and a longer max_steps may change",
+        )
+    complete = run.read_json("environment.json", {}).get("status") == "complete"
+    if complete and not new.max_steps > old.max_steps:
+        raise ConfigError(f"{run.path} is complete", "give a longer max_steps to go on, or start a new run")
+    return new
+
+
+def computed(config: SFTConfig) -> dict[str, Any]:
+    """The settings that decide what is computed."""
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_COMPUTED}
+
+
+def restore(path: Path, identity: dict[str, Any], run: Run) -> tuple[LoopState, dict[str, torch.Tensor]]:
+    state, saved, tensors = checkpoint.read(path)
+    changed = checkpoint.differences(saved, identity)
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to another run:\n    " + "\n    ".join(changed),
+            "undo the changes, or start a new run; a resume may change only logging, saving and a longer max_steps",
+        )
+    kept = [row for row in run.read_rows("metrics.jsonl") if row["step"] <= state.step]
+    run.write_rows("metrics.jsonl", kept[: len(state.log_history)])
+    run.event("resumed", step=state.step, checkpoint=path.name)
+    return state, tensors

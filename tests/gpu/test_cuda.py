@@ -1,0 +1,115 @@
+"""The same invariants on a CUDA GPU: packed ≡ one by one, batch cuts, kernels against float64, the whole line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from postgrad.kernels.attention import attention, attention_reference
+from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("lengths", [[1, 7, 120, 33], [300], [1, 1, 1]])
+def test_attention_forward_and_gradient(
+    lengths: list[int], dtype: torch.dtype, bound: float, window: int | None
+) -> None:
+    torch.manual_seed(sum(lengths))
+    total, device = sum(lengths), "cuda"
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    q, k, v = (torch.randn(total, heads, 64, device=device, dtype=dtype) for heads in (8, 2, 2))
+    upstream = torch.randn(total, 8, 64, device=device, dtype=dtype)
+    results = []
+    for function, cast in ((attention, dtype), (attention_reference, torch.float64)):
+        leaves = [tensor.detach().to(cast).requires_grad_() for tensor in (q, k, v)]
+        out = function(*leaves, cu_seqlens, scale=0.2, window=window)
+        out.backward(upstream.to(cast))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for fast, reference in zip(*results, strict=True):
+        assert torch.isfinite(fast).all()
+        # A softmax over one token does not depend on q and k: their true gradient is zero.
+        if reference.norm() > 1e-9:
+            assert _relative(fast, reference) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
+def test_linear_cross_entropy(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(777, 128, device="cuda", dtype=dtype) * 0.5
+    weight = torch.randn(5003, 128, device="cuda", dtype=dtype) * 0.1
+    targets = torch.randint(0, 5003, (777,), device="cuda")
+    weights = torch.rand(777, device="cuda") / 777
+    results = []
+    for function, cast in ((linear_cross_entropy, dtype), (linear_cross_entropy_reference, torch.float64)):
+        leaves = [tensor.detach().to(cast).requires_grad_() for tensor in (hidden, weight)]
+        total, nll = function(*leaves, targets, weights.to(torch.float64 if cast == torch.float64 else torch.float32))
+        total.backward()
+        results.append([total.detach()[None], nll, *(leaf.grad for leaf in leaves)])
+    for fast, reference in zip(*results, strict=True):
+        assert _relative(fast, reference) < bound
+
+
+def _train(folder: Path, rows: list[dict[str, Any]], kind: str = "qwen3", **options: Any) -> tuple[list[float], Any]:
+    from postgrad import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        model=tiny.model(kind).to("cuda"),
+        args=SFTConfig(output_dir=str(folder), num_train_epochs=1, learning_rate=1e-3, logging_steps=1, **options),
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "mistral"])
+def test_batch_and_budget_do_not_change_the_mathematics(tmp_path: Path, kind: str) -> None:
+    rows = tiny.chats(48)
+    common = {"bf16": False, "save_strategy": "no", "kind": kind}
+    losses, model = _train(tmp_path / "a", rows, per_device_train_batch_size=8, **common)
+    other, twin = _train(
+        tmp_path / "b", rows, per_device_train_batch_size=1, gradient_accumulation_steps=8, token_budget=64, **common
+    )
+    assert losses == pytest.approx(other, rel=1e-5)
+    # AdamW divides by the gradient's own size, so rounding in a tiny gradient shows in single weights: compare norms.
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert _relative(a, b) < 1e-4
+
+
+def test_bf16_follows_float32(tmp_path: Path) -> None:
+    rows = tiny.chats(64)
+    exact, _ = _train(tmp_path / "a", rows, bf16=False, save_strategy="no")
+    fast, model = _train(tmp_path / "b", rows, bf16=True, save_strategy="no")
+    assert fast == pytest.approx(exact, rel=2e-2)
+    assert model.dtype == torch.float32
+    assert exact[-1] < exact[0]
+
+
+def test_whole_line_with_resume(tmp_path: Path) -> None:
+    from postgrad.cli.main import main
+
+    model = tiny.folder(tmp_path / "model", "qwen3")
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny.chats(60)), encoding="utf-8")
+    run = tmp_path / "run"
+    options = ["num_train_epochs=1", "eval_strategy=steps", "eval_steps=2", "save_steps=2", "max_new_tokens=8"]
+    assert main(["sft", "-m", str(model), "-d", str(data), "-o", str(run), *options, "learning_rate=1e-3"]) == 0
+    comparison = json.loads((run / "comparison.json").read_text())
+    assert comparison["after"]["loss"] < comparison["before"]["loss"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["choices"]["device"].startswith("cuda")
+    assert environment["choices"]["compute_dtype"] == "bfloat16"
+    assert environment["choices"]["packing"]
+    assert (run / "report.html").stat().st_size > 10_000
