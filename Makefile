@@ -30,7 +30,7 @@ docs: setup
 	$(BIN)/python -m postgrad.docs_pages
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 clean:
 	rm -rf $(VENV)

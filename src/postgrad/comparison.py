@@ -14,8 +14,9 @@ from postgrad.evaluate import Exam, Item, as_rows, compare, sit
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, context_length, weights_sha256
 from postgrad.model.packed import PackedModel
+from postgrad.model.template import is_frozen
 from postgrad.runs import Run
-from postgrad.stages import CPU_TOKEN_BUDGET, Data, load, load_data, make_exam, make_renderer
+from postgrad.stages import CPU_TOKEN_BUDGET, Data, freeze_template, load, load_data, make_exam, make_renderer
 
 
 @dataclass(slots=True)
@@ -105,8 +106,10 @@ def _sit(
 
 
 def _exam(config: RunConfig, loaded: LoadedModel, data: Data, started_as: str | None) -> Exam:
-    today = date.fromisoformat(started_as) if started_as else None
-    renderer = make_renderer(config, loaded.tokenizer, loaded.chat, data.train, today=today)
+    if not is_frozen(loaded.tokenizer):  # a trained model carries its run's variables
+        today = date.fromisoformat(started_as) if started_as else None
+        freeze_template(config, loaded.tokenizer, data.train, today=today)
+    renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
     heldout = None
     if data.heldout:
         limit = context_length(loaded.model, loaded.tokenizer)

@@ -27,7 +27,11 @@ from postgrad import trl_options
 from postgrad.errors import ConfigError
 
 Interval = Literal["no", "steps", "epoch"]
-PositiveInt = Field(gt=0)
+RESERVED_TEMPLATE_VARIABLES = {
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "tokenizer",
+    "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 
 
 class SFTConfig(BaseModel):
@@ -169,6 +173,11 @@ class SFTConfig(BaseModel):
             raise ValueError("last_turn_only and completion_only_loss=false contradict each other")
         if not self.assistant_only_loss and self.last_turn_only:
             raise ValueError("last_turn_only and assistant_only_loss=false contradict each other")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("a constant schedule has no warm-up: use lr_scheduler_type=constant_with_warmup")
+        taken = sorted(RESERVED_TEMPLATE_VARIABLES & set(self.chat_template_kwargs))
+        if taken:
+            raise ValueError(f"chat_template_kwargs: {', '.join(taken)} is set by postgrad itself")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
             raise ValueError("warmup_steps is a whole number of steps, or a share below 1")
         return self

@@ -8,7 +8,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("postgrad", "torch", "transformers", "tokenizers", "datasets", "safetensors")
+from postgrad import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 
 
 def describe(device: Any) -> dict[str, Any]:
@@ -19,7 +21,11 @@ def describe(device: Any) -> dict[str, Any]:
     """
     import torch
 
-    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    facts: dict[str, Any] = {
+        "postgrad": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for package in PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)

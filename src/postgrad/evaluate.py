@@ -19,6 +19,7 @@ from postgrad.model.packed import PackedModel
 from postgrad.types import Conversation, Example, Sample, TokenRow
 
 RESAMPLES = 2000
+LEAST_ROWS = 8  # with fewer, an interval from resampling rows is too narrow to rely on
 NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
@@ -292,6 +293,9 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     if result["difference"]["stop_rate"] is not None:
         stops = (result["before"]["stop_rate"], result["after"]["stop_rate"])
         parts.append(_change("answers that stop", result["difference"]["stop_rate"], *stops, "{:.0%}"))
+    if result["rows"]["loss"] < LEAST_ROWS:
+        text = f"Only {result['rows']['loss']} held-out rows: too few for a verdict. " + "; ".join(parts)
+        return {"status": "unclear", "text": f"{text}."}
     good = loss["high"] < 0 or (exact is not None and exact["low"] > 0)
     bad = loss["low"] > 0 or (exact is not None and exact["high"] < 0)
     status = "unclear" if good == bad else "better" if good else "worse"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from postgrad.data.render import Renderer, RenderOptions
+from postgrad.model.template import is_frozen
 from postgrad.types import Answer
 
 if TYPE_CHECKING:
@@ -74,6 +76,35 @@ def generate(
     finally:
         model.train(training)
     return [answer for answer in answers if answer is not None]
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    stop_ids: Sequence[int],
+    system_message: str | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """Ask questions through the chat template, without thinking unless the model was trained to think.
+
+    Args:
+        model, tokenizer: a pair.
+        questions: one user message each.
+        stop_ids: ids that end an answer.
+        system_message: goes before each question.
+        max_new_tokens, sampling: as in :func:`generate`.
+
+    Raises:
+        ModelError: when the template refuses the messages.
+    """
+    renderer = Renderer(tokenizer, list(stop_ids), RenderOptions())
+    variables: dict[str, Any] = {} if is_frozen(tokenizer) else {"enable_thinking": False}
+    before = [{"role": "system", "content": system_message}] if system_message else []
+    prompts = [renderer.question_ids([*before, {"role": "user", "content": q}], None, variables) for q in questions]
+    return generate(model, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 def _groups(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:

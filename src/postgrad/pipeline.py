@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.config import RunConfig, SFTConfig
+from postgrad.data.questions import read_questions
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.model.load import DTYPES, LoadedModel
-from postgrad.model.save import round_weights, save_model
+from postgrad.model.save import round_weights, save_model, write_card
 from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
 from postgrad.resuming import resumed_config
@@ -28,6 +29,7 @@ from postgrad.stages import (
     choose,
     conclude,
     fit,
+    freeze_template,
     load,
     load_data,
     make_card,
@@ -68,8 +70,9 @@ def sft(config: RunConfig, display: Display) -> Outcome:
     run = Run.create(config.output_dir, config.run_name)
     with recorded(run, config):
         with timed(run, "load"):
-            loaded = load(config)
+            read_questions(config.questions)  # a wrong file should not cost the time of loading a model
             data = load_data(config)
+            loaded = load(config)
         return fine_tune(config, loaded, data, run, display)
 
 
@@ -101,7 +104,7 @@ def resume(path: str | Path, overrides: dict[str, Any], display: Display) -> Out
         raise
     for line in rejected:
         display.note(f"checkpoint rejected: {line}")
-    with recorded(run, config):
+    with recorded(run, config, new=False):
         with timed(run, "load"):
             loaded = load(config)
             data = load_data(config)
@@ -122,7 +125,8 @@ def fine_tune(
         resume_from: a checkpoint to continue from.
     """
     with timed(run, "check"):
-        renderer = make_renderer(config, loaded.tokenizer, loaded.chat, data.train, run)
+        freeze_template(config, loaded.tokenizer, data.train, run)
+        renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
         prepared, heldout = check(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, run, display, resume_from)
     exam = make_exam(config, loaded, renderer, heldout)
@@ -132,11 +136,13 @@ def fine_tune(
         state, total_steps, seconds = fit(config, loaded, prepared, heldout, packed, choices, run, display, resume_from)
     save_dtype = DTYPES[config.save_dtype] if config.save_dtype else loaded.source_dtype
     round_weights(loaded.model, save_dtype)
+    saves_model = config.save_strategy != "no" or isinstance(config, RunConfig)
+    if saves_model:  # before asking, so that an interruption from here on loses no training
+        save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype)
     with timed(run, "after"):
         ask(exam, packed, choices["token_budget"], run, "after.jsonl", display)
     comparison = conclude(run, loaded.model, display)
-    if config.save_strategy != "no" or isinstance(config, RunConfig):
-        card = make_card(config, loaded, data, run, comparison)
-        save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype, card)
+    if saves_model:
+        write_card(run.path / "model", make_card(config, loaded, data, run, comparison))
     run.update_environment(status="complete", finished=now())
     return Outcome(run, state, total_steps, seconds, comparison, write_report(run))

@@ -17,8 +17,14 @@ from postgrad.runs import Run
 
 
 @contextmanager
-def recorded(run: Run, config: SFTConfig) -> Iterator[None]:
-    """Write settings and surroundings at the start, and how it ended at the end; unlock the run."""
+def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
+    """Write settings and surroundings at the start, and how it ended at the end; unlock the run.
+
+    Args:
+        run: locked.
+        config: written as ``config.yaml``.
+        new: whether the run starts here; one that fails before its data was looked at is then removed.
+    """
     run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
@@ -31,7 +37,7 @@ def recorded(run: Run, config: SFTConfig) -> Iterator[None]:
             ending = "interrupted"
         run.update_environment(status=ending, finished=now())
         run.event("ended", error=str(error) or type(error).__name__)
-        if not (run.path / "checks.json").exists():
+        if new and not (run.path / "checks.json").exists():
             run.discard()  # it never came to look at the data: the error on the terminal says it all
         elif isinstance(error, PostgradError):
             write_report(run)

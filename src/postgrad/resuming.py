@@ -52,9 +52,24 @@ def computed(config: SFTConfig) -> dict[str, Any]:
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_COMPUTED}
 
 
-def restore(path: Path, identity: dict[str, Any], run: Run) -> tuple[LoopState, dict[str, torch.Tensor]]:
+def restore(
+    path: Path, identity: dict[str, Any], run: Run, total_steps: int
+) -> tuple[LoopState, dict[str, torch.Tensor]]:
+    """Take a checkpoint back, if it belongs to this very run.
+
+    Args:
+        path: the checkpoint.
+        identity: fingerprints of data, model, settings and choices as they are now.
+        run: its ``metrics.jsonl`` is cut back to the checkpoint's step.
+        total_steps: steps planned now.
+
+    Raises:
+        CheckpointError: listing what has changed.
+    """
     state, saved, tensors = checkpoint.read(path)
     changed = checkpoint.differences(saved, identity)
+    if total_steps < state.total_steps:
+        changed.append(f"steps: were {state.total_steps}, are {total_steps}")
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run:\n    " + "\n    ".join(changed),

@@ -55,29 +55,32 @@ class Run:
             ConfigError: when the directory holds a running run, one that can be resumed, or files that are no run.
         """
         wanted = Path(output_dir) if output_dir else Path("runs") / name
+        try:
+            run = cls(cls._free(wanted))
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{wanted} cannot be made: {error.strerror}", "choose another -o") from None
+        run.lock()
+        return run
+
+    @classmethod
+    def _free(cls, wanted: Path) -> Path:
+        """The first of NAME, NAME-2, … that holds no finished run; it is new, or an empty folder."""
         path, number = wanted, 1
         while (path / "config.yaml").exists():
             run = cls(path)
             run.lock()
             run.unlock()
             if not run.is_over():
-                break
-            number += 1
-            path = wanted.with_name(f"{wanted.name}-{number}")
-        run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if (path / "config.yaml").exists():
                 raise ConfigError(
                     f"{path} holds an unfinished run",
                     f"continue it with 'postgrad resume {path}', remove it, or choose another -o",
                 )
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
             raise ConfigError(f"{path} is not empty and holds no run", "choose another -o")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be made: {error.strerror}", "choose another -o") from None
-        run.lock()
-        return run
+        return path
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -94,7 +97,8 @@ class Run:
     def is_over(self) -> bool:
         """Whether the run is complete, or ended without a checkpoint, so that nothing can be resumed."""
         complete = self.read_json("environment.json", {}).get("status") == COMPLETE
-        return complete or not any(self.path.glob("checkpoints/step-*"))
+        left = [*self.path.glob("checkpoints/step-*"), *self.path.glob("checkpoints/.step-*.old")]
+        return complete or not left
 
     def discard(self) -> None:
         """Remove a run directory that holds nothing worth keeping."""
@@ -114,6 +118,8 @@ class Run:
             raise ConfigError(
                 f"{self.path} is in use by another process", "wait for it, or choose another -o"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be written to: {error.strerror}", "choose another -o") from None
         self._lock = lock
 
     def unlock(self) -> None:
@@ -143,9 +149,14 @@ class Run:
         write_atomic(self.path / name, "".join(line + "\n" for line in lines))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Append one line to a JSONL file."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean(row), ensure_ascii=False) + "\n")
+        """Append one line to a JSONL file; half a line that a crash left at its end goes."""
+        with open(self.path / name, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write((json.dumps(clean(row), ensure_ascii=False) + "\n").encode("utf-8"))
 
     def event(self, kind: str, **values: Any) -> None:
         """Record that something happened."""
@@ -169,7 +180,9 @@ class Run:
             value = yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise DataError(f"cannot be read: {error}", file=str(self.path / name)) from None
-        return dict(value)
+        if not isinstance(value, dict):
+            raise DataError("holds no settings", file=str(self.path / name))
+        return value
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """Read a JSONL file of the run; a half-written last line is left out."""

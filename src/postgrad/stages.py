@@ -145,27 +145,26 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
         eos_token=config.eos_token,
         pad_token=config.pad_token,
     )
-    renderer = make_renderer(config, tokenizer, chat, data.examples)
+    freeze_template(config, tokenizer, data.examples)
+    renderer = make_renderer(config, tokenizer, chat)
     prepared = prepare(data.examples, renderer, config, limit=context, skip_bad=config.skip_bad, problems=data.problems)
     return prepared, renderer
 
 
-def make_renderer(
+def freeze_template(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
-    chat: Chat,
     examples: Sequence[Example],
     run: Run | None = None,
     today: date | None = None,
-) -> Renderer:
-    """Freeze the template's variables for this run and return what renders with it.
+) -> None:
+    """Write the run's template variables into the tokenizer's template.
 
     Args:
-        config: what is trained, and the variables.
+        config: the variables that were set.
         tokenizer: its template is changed in place.
-        chat: its stop tokens.
         examples: training rows; whether they reason decides the thinking mode where it is not set.
-        run: records the variables, and gives back those of an interrupted run.
+        run: records the variables, and gives back the date of an interrupted run.
         today: the date to freeze; default: the run's, or today's.
     """
     recorded_choices = run.read_json("environment.json", {}).get("template", {}) if run else {}
@@ -174,6 +173,10 @@ def make_renderer(
     frozen = freeze_variables(tokenizer, today=today, enable_thinking=thinking, variables=config.chat_template_kwargs)
     if run is not None:
         run.update_environment(template={"date": today.isoformat(), "variables": frozen})
+
+
+def make_renderer(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Renderer:
+    """What renders examples and questions as the configuration says."""
     options = RenderOptions(
         assistant_only_loss=config.assistant_only_loss,
         completion_only_loss=config.completion_only_loss,
@@ -297,7 +300,7 @@ def fit(
         "heldout": heldout.fingerprint if heldout else None,
         "model": run.read_json("environment.json")["model"]["sha256"],
         "template": loaded.tokenizer.chat_template,
-        "choices": {key: value for key, value in choices.items() if key != "reason"},
+        "choices": {**{k: v for k, v in choices.items() if k != "reason"}, "device": str(loaded.model.device)},
         "config": computed(config),
     }
     order = DataOrder(len(prepared.examples), config)
@@ -308,7 +311,8 @@ def fit(
     require([disk])
     state, tensors = LoopState(token_budget=choices["token_budget"]), None
     if resume_from is not None:
-        state, tensors = restore(resume_from, identity, run)
+        state, tensors = restore(resume_from, identity, run, order.total_steps)
+    state.total_steps = order.total_steps
     job = Job(
         packed=packed,
         samples=prepared.samples,
@@ -343,7 +347,8 @@ def conclude(run: Run, model: torch.nn.Module, display: Display) -> dict[str, An
 def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comparison: dict[str, Any] | None) -> str:
     """The model card of the trained model."""
     names = ", ".join(Path(name).name for name in data.facts.get("files", [])) or "rows given in Python"
-    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir", "resume_from_checkpoint"})
+    paths = {"output_dir", "resume_from_checkpoint", "model_name_or_path", "dataset_name", "eval_dataset_name"}
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=paths | {"chat_template_path"})
     return model_card(
         name=run.path.name,
         base=loaded.name,

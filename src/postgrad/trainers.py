@@ -18,7 +18,7 @@ from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, load_model, place
 from postgrad.model.packed import PackedModel
-from postgrad.model.save import save_model
+from postgrad.model.save import save_model, write_card
 from postgrad.model.template import prepare_chat
 from postgrad.pipeline import Outcome, fine_tune
 from postgrad.recording import recorded
@@ -118,7 +118,7 @@ class SFTTrainer:
         data = self._data()
         run, found = self._open_run(wanted)
         self.run = run
-        with recorded(run, self.args):
+        with recorded(run, self.args, new=found is None):
             outcome = fine_tune(self.args, self._loaded, data, run, self._display(), resume_from=found)
         return self._finish(outcome, len(data.train))
 
@@ -136,7 +136,7 @@ class SFTTrainer:
             raise ConfigError("there is nothing to evaluate on", "give eval_dataset=…")
         examples = self._examples(dataset, "eval_dataset").examples
         data = Data(examples, [], "", {})
-        renderer = make_renderer(self.args, self.processing_class, self._loaded.chat, examples)
+        renderer = make_renderer(self.args, self.processing_class, self._loaded.chat)
         quiet = self.args.replace(eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=None)
         prepared, _ = check(quiet, self._loaded, data, renderer, None, self._display())
         packed = PackedModel(self.model, packed_model.choose(self.model))
@@ -160,7 +160,8 @@ class SFTTrainer:
         card = make_card(self.args, self._loaded, Data([], [], "", {}), run, comparison)
         if self.run is not None and (self.run.path / "model" / "README.md").exists():
             card = (self.run.path / "model" / "README.md").read_text(encoding="utf-8")
-        save_model(self.model, self.processing_class, folder, self.model.dtype, card)
+        save_model(self.model, self.processing_class, folder, self.model.dtype)
+        write_card(folder, card)
 
     # -- parts --------------------------------------------------------------------------------------------------
 

@@ -265,6 +265,7 @@ COMMAND_LINE_OPTIONS: dict[str, Option] = {
 
 # Arguments of TRL's SFTTrainer that postgrad's refuses, and what to use instead.
 TRAINER_ARGUMENTS: dict[str, str] = {
+    "peft_config": "adapters are not supported yet; leave it out to train all weights",
     "data_collator": "batches are built by postgrad; masks follow assistant_only_loss, last_turn_only and row weights",
     "compute_loss_func": "the loss is the mean cross-entropy over the trained tokens of a step",
     "compute_metrics": "evaluate() measures loss and perplexity; score answers of your own with generate_responses",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from postgrad.data.formats import normalise
 from postgrad.data.load import from_dataset
 from postgrad.evaluate import shown
-from postgrad.generate import generate
+from postgrad.generate import ask
 from postgrad.model.load import load_model
-from postgrad.model.template import is_frozen, prepare_chat
+from postgrad.model.template import prepare_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,12 +54,14 @@ def generate_responses(
         The answer without special tokens, stripped.
     """
     chat = prepare_chat(tokenizer, model.generation_config)
-    messages = [{"role": "system", "content": system_message}] if system_message else []
-    messages.append({"role": "user", "content": user_message})
-    variables: dict[str, Any] = {} if is_frozen(tokenizer) else {"enable_thinking": False}
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
-    prompt = tokenizer(text, add_special_tokens=False).input_ids
-    answers = generate(model, tokenizer, [prompt], stop_ids=chat.stop_ids, max_new_tokens=max_new_tokens)
+    answers = ask(
+        model,
+        tokenizer,
+        [user_message],
+        stop_ids=chat.stop_ids,
+        system_message=system_message,
+        max_new_tokens=max_new_tokens,
+    )
     return answers[0].text
 
 

@@ -108,7 +108,6 @@ def test_trainer_arguments_of_trl_are_supported_or_refused() -> None:
         "train_dataset",
         "eval_dataset",
         "processing_class",
-        "peft_config",
         "formatting_func",
     }
     assert theirs - supported <= set(trl_options.TRAINER_ARGUMENTS)

@@ -153,7 +153,8 @@ def require(checks: Sequence[Check]) -> None:
         lines = []
         for check in refusals:
             rows = "".join(f"\n    {row['file']}:{row['row']}: {row['message']}" for row in check.rows[:5])
-            more = f"\n    … and {len(check.rows) - 5} more" if len(check.rows) > 5 else ""
+            others = check.evidence.get("rows", len(check.rows)) - 5
+            more = f"\n    … and {others:,} more" if others > 0 else ""
             lines.append(f"{check.name}: {check.message}{rows}{more}")
         cures = " ".join(dict.fromkeys(check.cure for check in refusals if check.cure))
         raise CheckError("\n".join(lines), cures or None)

@@ -40,7 +40,7 @@ def show(
 
     if tokens and model is None:
         raise ConfigError("--tokens needs a model", "give -m MODEL")
-    config, loaded = _load(data, items, model, limit=None)
+    config, loaded = _load(data, items, model, allow_empty=False)
     from rich.console import Console
 
     from postgrad import tables
@@ -78,27 +78,29 @@ def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = 
       postgrad data check chats.jsonl -m smollm2-demo --json
       postgrad data check chats.jsonl -m smollm2-demo max_length=1024 excess_length_strategy=drop
     """
-    config, loaded = _load(data, items, model, limit=None)
-    result: dict[str, Any] = {
-        "data": data,
-        "rows": len(loaded.examples) + len(loaded.problems),
-        "usable_rows": len(loaded.examples),
-        "format": loaded.format,
-        "problems": [
-            {"file": e.file, "row": e.row, "field": e.field, "message": e.reason, "cure": e.cure}
-            for e in loaded.problems
-        ],
-        "notes": loaded.notes,
-    }
+    from postgrad.errors import DataError
+
+    result: dict[str, Any] = {"data": data, "rows": 0, "usable_rows": 0, "format": "unknown", "notes": []}
+    try:
+        config, loaded = _load(data, items, model, allow_empty=True)
+    except DataError as error:  # the file as a whole cannot be read
+        examples, problems = [], [error]
+    else:
+        examples, problems = loaded.examples, loaded.problems
+        result.update(rows=len(examples) + len(problems), usable_rows=len(examples), format=loaded.format)
+        result["notes"] = loaded.notes
+    result["problems"] = [
+        {"file": e.file, "row": e.row, "field": e.field, "message": e.reason, "cure": e.cure} for e in problems
+    ]
     refused = False
-    if model is not None and loaded.examples:
+    if model is not None and examples:
         from postgrad import stages
         from postgrad.checks.prepare import report
 
         prepared, renderer = stages.examine(config, loaded)
         result.update(report(prepared, renderer))
         refused = bool(prepared.refusals)
-    code = 2 if loaded.problems else 3 if refused else 0
+    code = 2 if problems else 3 if refused else 0
     result["ok"] = code == 0
     if as_json:
         emit(result)
@@ -107,7 +109,7 @@ def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = 
     raise typer.Exit(code)
 
 
-def _load(data: str, items: list[str] | None, model: str | None, limit: int | None) -> tuple[RunConfig, LoadedData]:
+def _load(data: str, items: list[str] | None, model: str | None, allow_empty: bool) -> tuple[RunConfig, LoadedData]:
     from postgrad.config import load_config
     from postgrad.data.load import load_examples
 
@@ -120,6 +122,7 @@ def _load(data: str, items: list[str] | None, model: str | None, limit: int | No
         config_name=config.dataset_config,
         limit=config.max_train_samples,
         skip_bad=True,
+        allow_empty=allow_empty,
         columns=config.columns,
         text_field=config.dataset_text_field,
         seed=config.seed,
@@ -149,7 +152,7 @@ def _print(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         say(f"note: {note}", "dim")
     for problem in result["problems"][:20]:
-        place = f"{problem['file']}:{problem['row']}"
+        place = ":".join(str(problem[part]) for part in ("file", "row") if problem[part] is not None)
         field = f", {problem['field']}" if problem["field"] else ""
         say(f"{place}{field}: {problem['message']}", "red")
         if problem["cure"]:

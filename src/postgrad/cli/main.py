@@ -131,6 +131,8 @@ def _sft(config_file: str | None, values: dict[str, Any], as_json: bool) -> None
     from postgrad.config import load_config
 
     config = load_config(config_file, values)
+    if config.resume_from_checkpoint:
+        raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
     from postgrad import pipeline
 
     display = make_display(as_json, plain=config.disable_tqdm is True)
@@ -178,6 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PostgradError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         for signum, handler in previous:
             signal.signal(signum, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -46,23 +46,18 @@ def ask(
         asked = [line.strip() for line in sys.stdin if line.strip()]
     if not asked:
         raise ConfigError("no question given", 'postgrad ask -m MODEL "Calculate 1+1-1"')
-    from postgrad.data.render import Renderer, RenderOptions
-    from postgrad.generate import Sampling, generate
+    from postgrad import generate
     from postgrad.model.load import load_model
-    from postgrad.model.template import is_frozen
 
     loaded = load_model(model, revision=revision)
-    renderer = Renderer(loaded.tokenizer, loaded.chat.stop_ids, RenderOptions())
-    variables = {} if is_frozen(loaded.tokenizer) else {"enable_thinking": False}
-    before: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    prompts = [renderer.question_ids([*before, {"role": "user", "content": q}], None, variables) for q in asked]
-    answers = generate(
+    answers = generate.ask(
         loaded.model,
         loaded.tokenizer,
-        prompts,
+        asked,
         stop_ids=loaded.chat.stop_ids,
+        system_message=system,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        sampling=generate.Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
     )
     rows = [
         {"prompt": q, "response": a.text, "stop_reason": a.stop_reason, "new_tokens": len(a.token_ids)}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from postgrad.config import RESERVED_TEMPLATE_VARIABLES
 from postgrad.data.columns import apply_columns, check_columns, preference_error, unknown_format
 from postgrad.data.messages import (
     Place,
@@ -35,11 +36,6 @@ __all__ = ["check_columns", "detect", "last_user_text", "normalise", "normalise_
 
 _DEEPEST = 100
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_RESERVED = {
-    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
-    "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
-    "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
 
 
 def normalise(row: RawRow, columns: dict[str, str] | None = None, text_field: str = "text") -> Example:
@@ -270,7 +266,7 @@ def _template_kwargs(value: Any, place: Place) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise place.error(f"is no object but {type_name(value)}", 'write {"enable_thinking": false}', field)
     for key in value:
-        if key in _RESERVED:
+        if key in RESERVED_TEMPLATE_VARIABLES:
             raise place.error("is set by postgrad itself", "remove it", f"{field}.{key}")
     return dict(value)
 

@@ -102,6 +102,7 @@ def load_examples(
     columns: dict[str, str] | None = None,
     text_field: str = "text",
     seed: int = 42,
+    allow_empty: bool = False,
 ) -> LoadedData:
     """Read data sets, normalise their rows and mix them.
 
@@ -116,6 +117,7 @@ def load_examples(
         columns: mapping such as ``{"prompt": "question", "completion": "answer"}``.
         text_field: column of plain-text rows.
         seed: seed of the sample that a fractional weight takes.
+        allow_empty: return the problems even when they leave no row.
 
     Raises:
         DataError: for data that cannot be found, read or used; bad rows are collected and shown together.
@@ -138,6 +140,7 @@ def load_examples(
         text_field=text_field,
         seed=seed,
         problems=problems,
+        allow_empty=allow_empty,
     )
 
 
@@ -151,12 +154,14 @@ def build_examples(
     text_field: str = "text",
     seed: int = 42,
     problems: Problems | None = None,
+    allow_empty: bool = False,
 ) -> LoadedData:
     """Normalise the rows of tables and mix them.
 
     Args:
         tables: what :func:`read_rows` or :func:`from_dataset` returned.
         problems: problems found while reading, to be reported together with those found here.
+        allow_empty: return the problems even when they leave no row.
         weights, limit, skip_bad, columns, text_field, seed: as in :func:`load_examples`.
 
     Raises:
@@ -171,7 +176,7 @@ def build_examples(
     problems = problems or Problems(skip_bad)
     parts, formats = _normalise(tables, limit, columns or {}, text_field, problems)
     problems.raise_if_any()
-    if not any(parts):
+    if not any(parts) and not (allow_empty and problems.count):
         raise problems.summary() if problems.count else _nothing_kept(*tables)
     names = _distinct([table.name for table in tables])
     mixed = [_weighted(part, weight, f"{seed}:{index}") for index, (part, weight) in enumerate(
@@ -184,13 +189,13 @@ def build_examples(
     kinds = sorted(formats, key=lambda kind: (-formats[kind], kind))
     used_rows = [row.values for part in parts for row, _ in part]
     found = Counter(key for values in used_rows for key, value in values.items() if value is not None)
-    absent = mapped_but_absent(columns or {}, found)
+    absent = mapped_but_absent(columns or {}, found) if used_rows else None
     if absent:
         raise absent
     return LoadedData(
         examples=[example for _, example in pairs],
         rows=[row.values for row, _ in pairs],
-        format=kinds[0] if len(kinds) == 1 else "mixed: " + ", ".join(f"{kind} ({formats[kind]})" for kind in kinds),
+        format=_format_name(kinds, formats),
         problems=problems.kept,
         fingerprint=_fingerprint(tables, parts, weights, columns or {}, text_field),
         files=[file for table in tables for file in table.files],
@@ -203,6 +208,12 @@ def build_examples(
 
 
 Pair = tuple[RawRow, Example]
+
+
+def _format_name(kinds: list[str], formats: Counter[str]) -> str:
+    if len(kinds) <= 1:
+        return kinds[0] if kinds else "unknown"
+    return "mixed: " + ", ".join(f"{kind} ({formats[kind]})" for kind in kinds)
 
 
 def _normalise(

@@ -77,7 +77,8 @@ class Renderer:
         self.stop_ids = set(stop_ids)
         stops = sorted({str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids}, key=len, reverse=True)
         self.stop_pattern = re.compile("|".join(re.escape(token) for token in stops))
-        special = {*tokenizer.all_special_tokens, *(str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids)}
+        special = {*tokenizer.all_special_tokens, *stops}
+        special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len)[::-1]))
         self.bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
 

@@ -83,7 +83,7 @@ def load_model(
         source = _source_dtype(config)
         with quiet():
             chosen = choose_dtype(dtype, source, where)
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=chosen, **common)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=chosen, use_safetensors=True, **common)
     except ModelError:
         raise
     except Exception as error:
@@ -125,11 +125,14 @@ def load_tokenizer(
         common["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(location, **common)
+        _refuse_unsupported(name, config)
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
         try:
             generation = GenerationConfig.from_pretrained(location, **common)
         except OSError:
             generation = GenerationConfig.from_model_config(config)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
     settled = {"chat_template_path": chat_template_path, "eos_token": eos_token, "pad_token": pad_token}

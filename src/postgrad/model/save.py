@@ -14,21 +14,19 @@ import torch
 
 from postgrad.errors import PostgradError
 from postgrad.model.quiet import quiet
+from postgrad.runs import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, card: str
-) -> Path:
-    """Save weights, configuration, generation settings, tokenizer, template and model card, all or nothing.
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> Path:
+    """Save weights, configuration, generation settings, tokenizer and template, all or nothing.
 
     Args:
         model, tokenizer: what to save.
         folder: replaced when it exists.
         dtype: of the saved weights.
-        card: text of the model card.
 
     Raises:
         PostgradError: when the folder cannot be written.
@@ -40,7 +38,8 @@ def save_model(
         with _in_dtype(model, dtype), quiet():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for file in temporary.iterdir():  # another user may serve the model
+            os.chmod(file, 0o644)
         os.chmod(temporary, 0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -50,6 +49,11 @@ def save_model(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Put a model card beside a saved model."""
+    write_atomic(folder / "README.md", card)
 
 
 @torch.no_grad()
@@ -74,7 +78,9 @@ def model_card(
         version: postgrad's.
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [postgrad, sft]"]
-    if "/" in base and not base.startswith((".", "/", "~")):
+    if Path(base).expanduser().exists():
+        base = Path(base).name  # a folder of this machine says nothing to others
+    elif "/" in base:
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {name}", "", f"{base}, fine-tuned with postgrad {version} on {data}.", "", "## Scores", ""]
     lines += _score_table(comparison)

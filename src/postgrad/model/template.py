@@ -209,16 +209,18 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationC
     special = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len, reverse=True)
     pattern = re.compile("|".join(re.escape(token) for token in special if token)) if special else None
     found = pattern.search(after) if pattern else None
+    known = getattr(generation_config, "eos_token_id", None)
+    known = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
     header = pattern.findall(before)[-1:] if pattern else []
-    if found is None or found.group() in header:
+    # A template that always writes a generation prompt: what follows the answer may be the next answer's header.
+    if found is None or (found.group() in header and tokenizer.convert_tokens_to_ids(found.group()) not in known):
         raise CheckError(
             f"the chat template ends an answer without a stop token (after the answer comes {after[:40]!r}), "
             "so the model would never learn to stop",
             "give a template that ends assistant turns with the eos token: chat_template_path=FILE",
         )
     ids = [_require_token(tokenizer, found.group(), "stop token")]
-    known = getattr(generation_config, "eos_token_id", None)
-    for token_id in [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]:
+    for token_id in known:
         if token_id is not None and token_id not in ids:
             ids.append(int(token_id))
     return ids

@@ -31,6 +31,7 @@ class LoopState:
     """All that the loop carries from step to step, apart from tensors.
 
     Args:
+        total_steps: steps of the whole run.
         step: optimizer steps done.
         tokens: tokens read so far.
         loss_sum: sum of all steps' losses.
@@ -44,6 +45,7 @@ class LoopState:
     """
 
     token_budget: int
+    total_steps: int = 0
     step: int = 0
     tokens: int = 0
     loss_sum: float = 0.0

@@ -152,8 +152,6 @@ def schedule(config: SFTConfig, total_steps: int) -> Callable[[int], float]:
     """
     warmup = config.warmup_steps if config.warmup_steps >= 1 else total_steps * config.warmup_steps
     warmup = math.ceil(warmup or total_steps * config.warmup_ratio)
-    if config.lr_scheduler_type == "constant":
-        warmup = 0
 
     def rate(step: int) -> float:
         if step < warmup:
