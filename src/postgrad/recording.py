@@ -25,7 +25,8 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
         config: written as ``config.yaml``.
         new: whether the run starts here; one that fails before its data was looked at is then removed.
     """
-    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
+    if new:  # a resume may still be refused, and must then leave the settings as they were
+        write_config(run, config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
     run.event("started")
@@ -46,6 +47,11 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
         run.event("ended", error=None)
     finally:
         run.unlock()
+
+
+def write_config(run: Run, config: SFTConfig) -> None:
+    """Write the resolved settings as ``config.yaml``."""
+    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
 
 
 @contextmanager

@@ -129,6 +129,15 @@ class Run:
             self._lock = None
             (self.path / ".lock").unlink(missing_ok=True)
 
+    def in_use(self) -> bool:
+        """Whether a process has taken the directory."""
+        try:
+            self.lock()
+        except ConfigError:
+            return True
+        self.unlock()
+        return False
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, value: Any) -> None:

@@ -36,6 +36,7 @@ from postgrad.model.load import (
 from postgrad.model.packed import Choices, PackedModel
 from postgrad.model.save import model_card
 from postgrad.model.template import Chat, freeze_variables
+from postgrad.recording import write_config
 from postgrad.resuming import computed, restore
 from postgrad.runs import Run
 from postgrad.train.checkpoint import LoopState
@@ -312,6 +313,7 @@ def fit(
     state, tensors = LoopState(token_budget=choices["token_budget"]), None
     if resume_from is not None:
         state, tensors = restore(resume_from, identity, run, order.total_steps)
+        write_config(run, config)
     state.total_steps = order.total_steps
     job = Job(
         packed=packed,

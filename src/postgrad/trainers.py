@@ -117,6 +117,10 @@ class SFTTrainer:
         wanted = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
         data = self._data()
         run, found = self._open_run(wanted)
+        # Resuming in the same process: the model in memory is no longer the one that this run started from.
+        same = found is not None and self.run is not None and self.run.path.resolve() == run.path.resolve()
+        known = run.read_json("environment.json", {}).get("model", {})
+        self._loaded.start_sha256 = known.get("sha256") if same else None
         self.run = run
         with recorded(run, self.args, new=found is None):
             outcome = fine_tune(self.args, self._loaded, data, run, self._display(), resume_from=found)

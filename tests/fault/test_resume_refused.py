@@ -148,7 +148,6 @@ def test_longer_max_steps(cli: Callable[..., Result], here: Path) -> None:
     assert result.code == 0 and metrics(RUN)[-1]["step"] == 12, result.text
 
 
-@pytest.mark.xfail(strict=True, reason="config.yaml is overwritten before the resume is refused")
 def test_shorter_max_steps(cli: Callable[..., Result], here: Path) -> None:
     result = cli("resume", "run", "max_steps=5")
     assert result.code in (2, 5) and "max_steps" in result.text

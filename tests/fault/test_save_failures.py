@@ -288,7 +288,6 @@ def test_disk_full_from_the_first_byte(cli: Callable[..., Result], base: list[st
     assert_result(RUN, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="save_model does not catch SafetensorError")
 def test_disk_full_while_saving_the_model(cli: Callable[..., Result], base: list[str]) -> None:
     def prepare() -> None:
         from postgrad import pipeline

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 from program import SMALL, Result, metrics, steps_saved, weights
 
@@ -14,7 +15,9 @@ RUN = Path("run")
 
 
 @pytest.fixture
-def sft(cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]) -> Callable[..., Result]:
+def sft(
+    cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]
+) -> Callable[..., Result]:
     """A run of 3 steps an epoch with 6 held-out rows."""
 
     def run(*options: str, count: int = 12) -> Result:
@@ -74,7 +77,9 @@ def test_the_logged_loss_is_the_mean_of_the_window(sft: Callable[..., Result], t
 
 def test_evaluation_equals_the_evidence(sft: Callable[..., Result]) -> None:
     """The evaluations before step 1 and after the last are the held-out losses of the report."""
-    result = sft("max_steps=4", "eval_strategy=steps", "eval_steps=4", "eval_on_start=true", "learning_rate=1e-3", "--json")
+    result = sft(
+        "max_steps=4", "eval_strategy=steps", "eval_steps=4", "eval_on_start=true", "learning_rate=1e-3", "--json"
+    )
     comparison, losses = result.json()["comparison"], evaluated()
     assert losses[0] == pytest.approx(comparison["before"]["loss"], rel=1e-6)
     assert losses[4] == pytest.approx(comparison["after"]["loss"], rel=1e-6)
@@ -85,7 +90,14 @@ def test_evaluation_changes_nothing(sft: Callable[..., Result]) -> None:
     sft("max_steps=5", "save_strategy=no", "learning_rate=1e-3")
     alone = weights(RUN)
     RUN.rename("alone")
-    sft("max_steps=5", "save_strategy=no", "learning_rate=1e-3", "eval_strategy=steps", "eval_steps=1", "eval_on_start=true")
+    sft(
+        "max_steps=5",
+        "save_strategy=no",
+        "learning_rate=1e-3",
+        "eval_strategy=steps",
+        "eval_steps=1",
+        "eval_on_start=true",
+    )
     for name, tensor in weights(RUN).items():
         assert tensor.equal(alone[name]), name
 
@@ -96,7 +108,7 @@ OVERFIT = ("max_steps=60", "learning_rate=0.02", "lr_scheduler_type=constant", "
 def test_early_stopping(sft: Callable[..., Result]) -> None:
     result = sft(*OVERFIT, "early_stopping_patience=3", "save_strategy=no")
     losses = list(evaluated().values())
-    stopped = next(n for n in range(3, len(losses) + 1) if all(x >= min(losses[: n - 3]) for x in losses[n - 3 : n]))
+    stopped = next(n for n in range(4, len(losses) + 1) if all(x >= min(losses[: n - 3]) for x in losses[n - 3 : n]))
     assert len(losses) == stopped < 30
     assert f"stopped early at step {2 * stopped}" in result.text
 
@@ -108,12 +120,12 @@ def test_early_stopping_threshold(sft: Callable[..., Result]) -> None:
 
 
 def test_best_model(sft: Callable[..., Result], cli: Callable[..., Result]) -> None:
-    options = [*OVERFIT, "max_steps=16", "load_best_model_at_end=true", "save_steps=100", "save_total_limit=1"]
+    options = [*OVERFIT, "max_steps=40", "load_best_model_at_end=true", "save_steps=100", "save_total_limit=1"]
     result = sft(*options, "--json")
     losses = evaluated()
     best = min(losses, key=lambda step: losses[step])
-    assert best < 16, "the run must overfit for this test to mean anything"
-    assert steps_saved(RUN) == [best, 16]
+    assert best < 40, "the run must overfit for this test to mean anything"
+    assert steps_saved(RUN) == [best, 40]
     assert result.json()["comparison"]["after"]["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert f"the weights of step {best} are kept" in result.text
 

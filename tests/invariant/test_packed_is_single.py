@@ -81,7 +81,7 @@ def test_loss_and_gradients(packed: PackedModel) -> None:
     with packed.attention():
         loss, _ = packed.loss(build_batch(samples, range(len(samples))), scale)
         loss.backward()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = gradients(packed.model)
     assert len(found) == len(expected_gradients) > 10
     whole = torch.sqrt(sum((gradient**2).sum() for gradient in expected_gradients))

@@ -214,7 +214,6 @@ def test_python_trainer(tmp_path: Path, model_folder: Callable[..., str]) -> Non
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the trained model in memory is taken for another starting model")
 def test_trainer_resumes_in_the_same_process(tmp_path: Path, model_folder: Callable[..., str]) -> None:
     """A notebook: stop, then train(resume_from_checkpoint=True) on the very same trainer."""
     from postgrad import SFTConfig, SFTTrainer

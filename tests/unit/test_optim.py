@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from program import SMALL, Result, metrics
 
+import tiny
 from postgrad.config import SFTConfig
 from postgrad.train.optim import MasterOptimizer, no_decay_names, schedule
+from program import SMALL, Result, metrics
 
 WARMED = [(10, 0), (10, 3), (7, 7), (5, 9), (1, 0), (100, 10)]
 SCHEDULES = [(name, *steps) for name in ("linear", "cosine", "constant_with_warmup") for steps in WARMED]
@@ -37,7 +37,9 @@ def test_warmup_as_a_share(options: dict[str, float]) -> None:
     assert [rate(step) for step in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
-def test_logged_rates(cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]) -> None:
+def test_logged_rates(
+    cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]
+) -> None:
     """The rate of each step, as the run reports it: warm-up of 2 of 6 steps, then linear to nearly 0."""
     options = ["max_steps=6", "warmup_steps=2", "learning_rate=0.4", "logging_steps=1", "save_strategy=no"]
     assert cli("sft", "-m", model_folder("llama"), "-d", chat_file(8), "-o", "run", *SMALL, *options).code == 0
@@ -47,7 +49,13 @@ def test_logged_rates(cli: Callable[..., Result], model_folder: Callable[..., st
 @pytest.mark.parametrize("clip", [0.0, 0.05, 100.0])
 def test_update_is_torch_adamw(clip: float) -> None:
     """Five steps with two accumulated gradients each, weight decay, and clipping, against torch alone."""
-    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": clip, "adam_beta1": 0.8, "adam_beta2": 0.95}
+    settings = {
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": clip,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+    }
     ours, theirs = tiny.model("qwen3"), tiny.model("qwen3")
     optimizer = MasterOptimizer(ours, SFTConfig(**settings), torch.float32)
     undecayed = no_decay_names(theirs)
@@ -77,11 +85,7 @@ def test_decay_groups() -> None:
     model = tiny.model("gpt2")
     undecayed = no_decay_names(model)
     decayed = {name for name, _ in model.named_parameters()} - undecayed
-    assert decayed == {
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith("weight") and ".ln_" not in name
-    }
+    assert decayed == {name for name, _ in model.named_parameters() if name.endswith("weight") and ".ln_" not in name}
     assert {"transformer.ln_f.weight", "transformer.h.0.ln_1.bias", "transformer.h.0.attn.c_attn.bias"} <= undecayed
     assert {"model.norm.weight", "model.layers.0.self_attn.q_norm.weight"} <= no_decay_names(tiny.model("qwen3"))
 

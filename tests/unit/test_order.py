@@ -40,7 +40,10 @@ def test_epochs_differ_and_seeds_differ() -> None:
 
 
 def test_cutting_a_step_does_not_change_it() -> None:
-    one, two = order(40, per_device_train_batch_size=8), order(40, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    one, two = (
+        order(40, per_device_train_batch_size=8),
+        order(40, per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    )
     assert [one.step(step) for step in range(10)] == [two.step(step) for step in range(10)]
 
 
@@ -61,7 +64,12 @@ def test_drop_last() -> None:
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"num_train_epochs": 3}, 9), ({"num_train_epochs": 0.5}, 2), ({"num_train_epochs": 1.5}, 5), ({"max_steps": 7}, 7)],
+    [
+        ({"num_train_epochs": 3}, 9),
+        ({"num_train_epochs": 0.5}, 2),
+        ({"num_train_epochs": 1.5}, 5),
+        ({"max_steps": 7}, 7),
+    ],
 )
 def test_total_steps(options: dict[str, float], steps: int) -> None:
     made = order(10, **options)

@@ -56,7 +56,9 @@ def test_balance(lengths: list[int], budget: int) -> None:
     assert max(totals) - min(totals) <= max(lengths)
 
 
-@pytest.mark.parametrize(("lengths", "budget", "batches"), [([10] * 8, 40, 2), ([10] * 8, 39, 3), ([7, 3, 5, 5], 10, 2), ([50], 10, 1)])
+@pytest.mark.parametrize(
+    ("lengths", "budget", "batches"), [([10] * 8, 40, 2), ([10] * 8, 39, 3), ([7, 3, 5, 5], 10, 2), ([50], 10, 1)]
+)
 def test_number_of_batches(lengths: list[int], budget: int, batches: int) -> None:
     assert len(split_balanced(lengths, budget)) == batches
 

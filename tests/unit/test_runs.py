@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import ending, fork
 
 from postgrad.errors import ConfigError, DataError
 from postgrad.runs import Run, clean, list_runs, write_atomic
+from program import ending, fork
 
 
 def made(path: Path, status: str = "complete") -> Run:

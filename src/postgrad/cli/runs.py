@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from postgrad.cli.options import JSON, emit
+
+if TYPE_CHECKING:
+    from postgrad.runs import Run
+
+FACTS = ("run", "status", "model", "data", "started", "steps", "loss", "loss_before", "loss_after", "verdict")
 
 
 def runs(
@@ -39,14 +44,26 @@ def runs(
     Console().print(table)
 
 
-def _facts(run: Any) -> dict[str, Any]:
+def _facts(run: Run) -> dict[str, Any]:
+    from postgrad.errors import DataError
+
+    try:
+        return _read(run)
+    except DataError:
+        return {**dict.fromkeys(FACTS), "run": str(run.path), "status": "damaged"}
+
+
+def _read(run: Run) -> dict[str, Any]:
     environment = run.read_json("environment.json", {})
     comparison = run.read_json("comparison.json", {})
     config = run.read_yaml("config.yaml")
+    status = environment.get("status", "unknown")
+    if status == "running" and not run.in_use():
+        status = "killed"  # its process ended without a word
     losses = [row for row in run.read_rows("metrics.jsonl") if row.get("loss") is not None]
     return {
         "run": str(run.path),
-        "status": environment.get("status", "unknown"),
+        "status": status,
         "model": config.get("model_name_or_path") or environment.get("model", {}).get("name"),
         "data": config.get("dataset_name") or "rows given in Python",
         "started": environment.get("started"),

@@ -34,6 +34,7 @@ class LoadedModel:
         name: as the user named it.
         folder: where it was loaded from, or None for a hub name.
         source_dtype: dtype of the weights on disk.
+        start_sha256: hash of the weights the run started from, where the model in memory has since been trained.
     """
 
     model: PreTrainedModel
@@ -42,6 +43,7 @@ class LoadedModel:
     name: str
     folder: Path | None
     source_dtype: torch.dtype
+    start_sha256: str | None = None
 
 
 def load_model(
@@ -248,7 +250,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
         "template": chat.source,
         "stop_tokens": chat.stop_tokens,
         "pad_token": loaded.tokenizer.pad_token,
-        "sha256": weights_sha256(model),
+        "sha256": loaded.start_sha256 or weights_sha256(model),
     }
 
 

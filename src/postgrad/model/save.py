@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from postgrad.errors import PostgradError
 from postgrad.model.quiet import quiet
@@ -43,7 +44,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         os.chmod(temporary, 0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PostgradError(f"the model could not be saved to {folder}: {error}", "free disk space") from None
     finally:
         if temporary is not None:
