@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +35,13 @@ class Display:
     def note(self, text: str) -> None:
         """Say something once."""
         self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+    def run(self, path: Path, instead_of: Path | None) -> None:
+        """Say where the run is written, and that another name was taken where the wanted one was in use."""
+        if instead_of is not None:
+            self.note(f"run    {path} ({instead_of} holds an earlier run, which is kept)")
+        elif self.tables:
+            self.note(f"run    {path}")
 
     def model(self, facts: dict[str, Any]) -> None:
         """Show what was loaded."""

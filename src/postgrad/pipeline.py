@@ -68,6 +68,7 @@ def sft(config: RunConfig, display: Display) -> Outcome:
         PostgradError: of the kind that names the exit code; see :mod:`postgrad.errors`.
     """
     run = Run.create(config.output_dir, config.run_name)
+    display.run(run.path, run.instead_of)
     with recorded(run, config):
         with timed(run, "load"):
             read_questions(config.questions)  # a wrong file should not cost the time of loading a model

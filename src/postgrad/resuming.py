@@ -34,6 +34,8 @@ def resumed_config(run: Run, values: dict[str, Any], overrides: dict[str, Any]) 
         CheckpointError: when an override would.
         ConfigError: when the run is complete and is not made longer.
     """
+    if "output_dir" in overrides:
+        raise ConfigError("a resume stays in its run directory", "leave output_dir out, or start a new run with -o")
     old, new = RunConfig(**values), RunConfig(**{**values, **overrides, "output_dir": str(run.path)})
     changed = checkpoint.differences(computed(old), computed(new))
     if changed:
@@ -60,7 +62,7 @@ def restore(
     Args:
         path: the checkpoint.
         identity: fingerprints of data, model, settings and choices as they are now.
-        run: its ``metrics.jsonl`` is cut back to the checkpoint's step.
+        run: its ``metrics.jsonl`` becomes what had been logged at the checkpoint.
         total_steps: steps planned now.
 
     Raises:
@@ -75,7 +77,6 @@ def restore(
             f"{path} belongs to another run:\n    " + "\n    ".join(changed),
             "undo the changes, or start a new run; a resume may change only logging, saving and a longer max_steps",
         )
-    kept = [row for row in run.read_rows("metrics.jsonl") if row["step"] <= state.step]
-    run.write_rows("metrics.jsonl", kept[: len(state.log_history)])
+    run.write_rows("metrics.jsonl", state.log_history)
     run.event("resumed", step=state.step, checkpoint=path.name)
     return state, tensors

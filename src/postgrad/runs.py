@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.instead_of: Path | None = None
         self._lock: FileLock | None = None
 
     # -- life cycle ---------------------------------------------------------------------------------------------
@@ -58,6 +59,7 @@ class Run:
         try:
             run = cls(cls._free(wanted))
             run.path.mkdir(parents=True, exist_ok=True)
+            run.instead_of = wanted if run.path != wanted else None
         except OSError as error:
             raise ConfigError(f"{wanted} cannot be made: {error.strerror}", "choose another -o") from None
         run.lock()

@@ -13,7 +13,7 @@ from postgrad import trl_options
 from postgrad.config import SFTConfig
 from postgrad.data.load import build_examples, from_dataset
 from postgrad.display import Display
-from postgrad.errors import ConfigError
+from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, load_model, place
@@ -206,7 +206,9 @@ class SFTTrainer:
 
     def _open_run(self, wanted: str | bool | None) -> tuple[Run, Path | None]:
         if not wanted:
-            return Run.create(self.args.output_dir, self.args.run_name), None
+            run = Run.create(self.args.output_dir, self.args.run_name)
+            self._display().run(run.path, run.instead_of)
+            return run, None
         if isinstance(wanted, str):
             path = Path(wanted)
             run = Run.open(path.parent.parent)
@@ -214,7 +216,11 @@ class SFTTrainer:
             return run, path
         run = Run.open(self.args.output_dir or Path("runs") / self.args.run_name)
         run.lock()
-        found, rejected = checkpoint.newest(run.path / "checkpoints")
+        try:
+            found, rejected = checkpoint.newest(run.path / "checkpoints")
+        except CheckpointError:
+            run.unlock()
+            raise
         for line in rejected:
             self._display().note(f"checkpoint rejected: {line}")
         return run, found

@@ -302,6 +302,9 @@ def test_demo_names_the_shipped_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "heldout.jsonl", rows(2, 10))
     assert texts("demo[:2]") == ["row 0", "row 1"]
     assert str(read_rows("demo:heldout").rows[1].source) == "demo:heldout:2"
+    assert str(read_rows("demo", split="heldout").rows[1].source) == "demo:heldout:2"
+    with pytest.raises(DataError, match="no demo part 'test'"):
+        read_rows("demo", split="test")
     with pytest.raises(DataError, match="no demo part 'tset'"):
         read_rows("demo:tset")
 

@@ -293,7 +293,7 @@ def _read(
     if spec.kind == "hub":
         return read_hub(spec, split=split, revision=revision, config_name=config_name, limit=limit)
     if spec.kind == "demo":
-        return _read_demo(spec, limit, problems)
+        return _read_demo(spec, split, limit, problems)
     path = Path(spec.name).expanduser()
     if path.is_dir() and is_saved(path):
         return read_saved(path, spec, split=split, limit=limit)
@@ -311,11 +311,14 @@ def _read(
     return _read_files(files, spec, wanted, limit, problems, notes)
 
 
-def _read_demo(spec: Spec, limit: int | None, problems: Problems) -> RawTable:
-    name = f"demo:{spec.name}"
+def _read_demo(spec: Spec, split: str, limit: int | None, problems: Problems) -> RawTable:
+    part = spec.split or split
+    name = f"demo:{part}"
+    if part not in DEMO_FILES:
+        raise DataError(f"there is no demo part {part!r}", f"the parts are: {', '.join(DEMO_FILES)}", file=spec.text)
     notes = ["demo is the data shipped with postgrad; write ./demo for the one here"] if Path("demo").exists() else []
     with ExitStack() as stack:
-        resource = resources.files("postgrad.demo") / DEMO_FILES[spec.name]
+        resource = resources.files("postgrad.demo") / DEMO_FILES[part]
         if not resource.is_file():
             raise DataError("is missing from the installation", "install postgrad again", file=name)
         path = stack.enter_context(resources.as_file(resource))

@@ -65,7 +65,7 @@ class Spec:
 
     Args:
         kind: ``path`` (a file or folder), ``demo`` (the data shipped with postgrad) or ``hub``.
-        name: the path, the demo part or the hub's name.
+        name: the path, ``demo`` or the hub's name.
         text: what the user wrote.
         revision: branch, tag or commit, where the name carries one.
         split: split, where the name carries one.
@@ -108,8 +108,8 @@ def parse_spec(text: str) -> Spec:
     if _exists(base):
         return Spec("path", base, text, rows=rows)
     name, split = _cut_split(base)
-    if name == "demo" and (split or "train") in DEMO_FILES:
-        return Spec("demo", split or "train", text, rows=rows)
+    if name == "demo" and (split is None or split in DEMO_FILES):
+        return Spec("demo", name, text, split=split, rows=rows)
     if name == "demo":
         raise DataError(f"there is no demo part {split!r}", f"the parts are: {', '.join(DEMO_FILES)}", file=text)
     if split and _exists(name):

@@ -77,9 +77,7 @@ def save(folder: Path, state: LoopState, optimizer: MasterOptimizer, identity: d
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state().items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors.update(random_state())
         save_file(tensors, temporary / TENSORS)
         _write(temporary / STATE, {"loop": asdict(state), "identity": identity})
         files = {name: sha256_of(temporary / name) for name in (TENSORS, STATE)}
@@ -181,6 +179,14 @@ def read(path: Path) -> tuple[LoopState, dict[str, Any], dict[str, torch.Tensor]
         raise CheckpointError(f"{path} is no valid checkpoint: {problem}", "use another with resume_from_checkpoint")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     return LoopState(**state["loop"]), state["identity"], load_file(path / TENSORS)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of torch's random generators."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def restore_random_state(tensors: dict[str, torch.Tensor]) -> None:

@@ -143,7 +143,7 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
     """One optimizer step; when memory runs out, the same step again with half the token budget."""
     started = time.perf_counter()
     samples = [sample for example in order.step(state.step) for sample in job.by_example[example]]
-    random_state = torch.get_rng_state()
+    random_state = checkpoint.random_state()
     while True:
         try:
             loss = _gradient(job, samples, optimizer, state)
@@ -152,7 +152,7 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
             pass  # what the failed pass held is free once its traceback is gone, which is here
         optimizer.clear()
         torch.cuda.empty_cache()
-        torch.set_rng_state(random_state)
+        checkpoint.restore_random_state(random_state)
         _shrink_budget(job, state, max(len(sample) for sample in samples))
     norm = optimizer.grad_norm()
     if not math.isfinite(norm):
