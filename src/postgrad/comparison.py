@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from postgrad.checks.prepare import prepare
+from postgrad.checks.prepare import prepare, require
 from postgrad.config import RunConfig, load_config
 from postgrad.display import Display
 from postgrad.errors import ConfigError
@@ -95,13 +95,13 @@ def _for_model(config: RunConfig, name: str) -> RunConfig:
 
 def _sit(
     config: RunConfig, data: Data, started_as: str | None, display: Display, when: str
-) -> tuple[list[Item], str, list[list[int]]]:
+) -> tuple[list[Item], str, dict[str, list[int]]]:
     loaded = load(config)
     exam = _exam(config, loaded, data, started_as)
     packed = PackedModel(loaded.model, packed_model.choose(loaded.model))
     with display.asking(when) as progress:
         items = sit(exam, packed, config.token_budget or CPU_TOKEN_BUDGET, progress)
-    prompts = [exam.renderer.prompt_ids(example) for example in exam.examples]
+    prompts = {str(example.source): exam.renderer.prompt_ids(example) for example in exam.examples}
     return items, weights_sha256(loaded.model), prompts
 
 
@@ -114,19 +114,23 @@ def _exam(config: RunConfig, loaded: LoadedModel, data: Data, started_as: str | 
     if data.heldout:
         limit = context_length(loaded.model, loaded.tokenizer)
         heldout = prepare(data.heldout, renderer, config, limit=limit, skip_bad=config.skip_bad)
+        require(heldout.checks)
     return make_exam(config, loaded, renderer, heldout)
 
 
 def _conclude(
-    before: tuple[list[Item], str, list[list[int]]], after: tuple[list[Item], str, list[list[int]]]
+    before: tuple[list[Item], str, dict[str, list[int]]], after: tuple[list[Item], str, dict[str, list[int]]]
 ) -> Compared:
     rows = as_rows(before[0]), as_rows(after[0])
     comparison = compare(*rows)
     comparison["model_before_sha256"], comparison["model_after_sha256"] = before[1], after[1]
     notes = []
-    differing = sum(a != b for a, b in zip(before[2], after[2], strict=True))
+    shared = before[2].keys() & after[2].keys()
+    if len(shared) < max(len(before[2]), len(after[2])):
+        notes.append(f"{len(shared)} rows can be asked of both models; the others are left out")
+    differing = sum(before[2][source] != after[2][source] for source in shared)
     if differing:
-        notes.append(f"{differing} of {len(before[2])} prompts have different tokens in the two models")
+        notes.append(f"{differing} of {len(shared)} prompts have different tokens in the two models")
     if before[1] == after[1]:
         notes.append("the two models have the same weights")
     return Compared(rows[0], rows[1], comparison, notes)

@@ -130,6 +130,11 @@ class SFTConfig(BaseModel):
             raise ConfigError(_describe(error)) from None
         self._notes = notes
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise ConfigError(f"settings are frozen: '{name}' cannot be set", f"use args.replace({name}=…)")
+        super().__setattr__(name, value)
+
     @property
     def notes(self) -> list[str]:
         """What the user should know about options that were accepted without effect."""

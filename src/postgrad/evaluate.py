@@ -166,7 +166,7 @@ def _items(exam: Exam) -> tuple[list[Item], list[list[int] | None]]:
     for number, example in enumerate(exam.examples):
         prompt, reference = shown(example)
         answer = None if isinstance(example, TokenRow) else example.answer
-        items.append(Item(f"heldout-{number + 1}", "heldout", str(example.source), prompt, reference, answer))
+        items.append(Item(f"heldout-{example.source}", "heldout", str(example.source), prompt, reference, answer))
         prompts.append(exam.renderer.prompt_ids(example) if number < exam.max_asked_rows and prompt else None)
     return items, prompts
 
@@ -277,8 +277,10 @@ def _bootstrap(
     if not len(before):
         return None
     delta = after - before
-    picks = rng.integers(0, len(delta), (RESAMPLES, len(delta)))
-    means = delta[picks].sum(1) / weight[picks].sum(1)
+    means = np.empty(RESAMPLES)
+    for resample in range(RESAMPLES):
+        picks = rng.integers(0, len(delta), len(delta))
+        means[resample] = delta[picks].sum() / weight[picks].sum()
     low, high = np.quantile(means, (0.025, 0.975))
     return {"mean": float(delta.sum() / weight.sum()), "low": float(low), "high": float(high)}
 

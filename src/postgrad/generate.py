@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from postgrad.data.render import Renderer, RenderOptions
+from postgrad.model.load import context_length
 from postgrad.model.template import is_frozen
 from postgrad.types import Answer
 
@@ -132,6 +133,9 @@ def _generate_group(
     sampling: Sampling,
 ) -> list[Answer]:
     width = max(len(prompt) for prompt in prompts)
+    room = context_length(model, tokenizer) - width
+    if room < 1:  # the prompt alone fills the model's context
+        return [Answer("", [], "length", None, len(prompt)) for prompt in prompts]
     pad = tokenizer.pad_token_id
     ids_BT = torch.full((len(prompts), width), pad, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -152,7 +156,7 @@ def _generate_group(
     out_BT = generate_tokens(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, room),
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
         use_cache=True,

@@ -20,7 +20,7 @@ from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model, write_card
 from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
-from postgrad.resuming import resumed_config
+from postgrad.resuming import find_checkpoint, resumed_config
 from postgrad.runs import Run
 from postgrad.stages import (
     Data,
@@ -36,7 +36,6 @@ from postgrad.stages import (
     make_exam,
     make_renderer,
 )
-from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 
 
@@ -99,7 +98,7 @@ def resume(path: str | Path, overrides: dict[str, Any], display: Display) -> Out
     config = resumed_config(run, values, overrides)
     run.lock()
     try:
-        found, rejected = checkpoint.newest(run.path / "checkpoints")
+        found, rejected = find_checkpoint(run, display)
     except CheckpointError:
         run.unlock()
         raise

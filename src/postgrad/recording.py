@@ -11,7 +11,16 @@ import torch
 
 from postgrad import environment
 from postgrad.config import SFTConfig
-from postgrad.errors import Interrupted, PostgradError, TrainingStopped
+from postgrad.errors import (
+    CheckError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ModelError,
+    PostgradError,
+    TrainingStopped,
+)
 from postgrad.report.page import write_report
 from postgrad.runs import Run
 
@@ -27,6 +36,7 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
     """
     if new:  # a resume may still be refused, and must then leave the settings as they were
         write_config(run, config)
+    previous = run.read_json("environment.json", {})
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
     run.event("started")
@@ -37,6 +47,8 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
         if isinstance(error, Interrupted | KeyboardInterrupt | SystemExit):
             ending = "interrupted"
         run.update_environment(status=ending, finished=now())
+        if not new and isinstance(error, ConfigError | DataError | CheckError | CheckpointError | ModelError):
+            run.write_json("environment.json", previous)  # refused before the first step: the run is as it was
         run.event("ended", error=str(error) or type(error).__name__)
         if new and not (run.path / "checks.json").exists():
             run.discard()  # it never came to look at the data: the error on the terminal says it all

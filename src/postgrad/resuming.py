@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from postgrad.config import RunConfig, SFTConfig
+from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.runs import Run
 from postgrad.train import checkpoint
@@ -47,6 +48,27 @@ def resumed_config(run: Run, values: dict[str, Any], overrides: dict[str, Any]) 
     if complete and not new.max_steps > old.max_steps:
         raise ConfigError(f"{run.path} is complete", "give a longer max_steps to go on, or start a new run")
     return new
+
+
+def find_checkpoint(run: Run, display: Display) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and why newer ones were rejected.
+
+    Returns:
+        None as the checkpoint of a run that a signal ended where there was none to save (before the first step, or
+        while asking after a run that saves none): it starts again from its first step, which gives the same.
+
+    Raises:
+        CheckpointError: when there is no valid checkpoint otherwise.
+    """
+    folder = run.path / "checkpoints"
+    interrupted = run.read_json("environment.json", {}).get("status") == "interrupted"
+    saved = any(row["event"] in ("saved", "interrupted") for row in run.read_rows("events.jsonl"))
+    if saved or not interrupted:
+        return checkpoint.newest(folder)
+    for name in ("before.jsonl", "metrics.jsonl", "after.jsonl"):
+        (run.path / name).unlink(missing_ok=True)
+    display.note("no checkpoint was saved: the run starts again from its first step")
+    return None, []
 
 
 def computed(config: SFTConfig) -> dict[str, Any]:

@@ -96,6 +96,25 @@ class Run:
             raise ConfigError(f"{path} holds no run (no config.yaml)", "list runs with 'postgrad runs'")
         return run
 
+    @classmethod
+    def latest(cls, output_dir: str | None, name: str) -> Run:
+        """The newest of NAME, NAME-2, … that can be resumed; without one, the newest.
+
+        Raises:
+            ConfigError: when there is none at all.
+        """
+        wanted = Path(output_dir) if output_dir else Path("runs") / name
+        found, path, number = [cls.open(wanted)], wanted, 1
+        while (path / "config.yaml").exists():
+            found.append(cls(path))
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+        return next((run for run in reversed(found) if not run.is_over()), found[-1])
+
+    def is_complete(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.read_json("environment.json", {}).get("status") == COMPLETE)
+
     def is_over(self) -> bool:
         """Whether the run is complete, or ended without a checkpoint, so that nothing can be resumed."""
         complete = self.read_json("environment.json", {}).get("status") == COMPLETE

@@ -240,7 +240,7 @@ def choose(
             "token_budget": budget,
             "threads": torch.get_num_threads(),
             "attention": "packed, isolated by document",
-            **asdict(packed_model.choose(model)),
+            **asdict(packed_model.choose(model, torch.bfloat16 if bf16 else torch.float32)),
         }
         if not recorded_choices["packing"]:
             recorded_choices["attention"] = "the model's own, one document at a time"

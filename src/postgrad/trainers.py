@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.model import packed as packed_model
-from postgrad.model.load import LoadedModel, load_model, place
+from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported
 from postgrad.model.packed import PackedModel
 from postgrad.model.save import save_model, write_card
 from postgrad.model.template import prepare_chat
@@ -126,15 +127,21 @@ class SFTTrainer:
             outcome = fine_tune(self.args, self._loaded, data, run, self._display(), resume_from=found)
         return self._finish(outcome, len(data.train))
 
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Held-out loss of the model as it is now.
 
         Args:
             eval_dataset: rows; default: the trainer's.
+            ignore_keys: taken for compatibility; there are no further outputs to leave out.
+            metric_key_prefix: put before each name.
 
         Returns:
-            ``eval_loss`` (mean per trained token, natural logarithm), ``eval_perplexity``, ``eval_tokens``.
+            ``eval_loss`` (mean per trained token, natural logarithm), ``eval_perplexity``, ``eval_tokens``,
+            ``eval_runtime`` (seconds), ``eval_samples_per_second`` and ``epoch``.
         """
+        started = time.perf_counter()
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ConfigError("there is nothing to evaluate on", "give eval_dataset=…")
@@ -146,8 +153,17 @@ class SFTTrainer:
         packed = PackedModel(self.model, packed_model.choose(self.model))
         totals = heldout_loss(packed, prepared.samples, self.args.token_budget or CPU_TOKEN_BUDGET) or {}
         loss, tokens = mean_loss(totals)
-        metrics = {"eval_loss": loss, "eval_perplexity": float(torch.tensor(loss).exp()), "eval_tokens": float(tokens)}
-        self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
+        seconds = time.perf_counter() - started
+        found = {
+            "loss": loss,
+            "perplexity": float(torch.tensor(loss).exp()),
+            "tokens": float(tokens),
+            "runtime": seconds,
+            "samples_per_second": len(prepared.examples) / seconds,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics["epoch"] = self.state.epoch
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -182,8 +198,12 @@ class SFTTrainer:
             model = loaded.model
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
-        if torch.cuda.is_available() and not self.args.use_cpu and model.device.type == "cpu":
-            place(model, torch.device("cuda"))
+        if type(model).__name__.startswith("Peft"):
+            raise ConfigError("the model carries adapters", trl_options.TRAINER_ARGUMENTS["peft_config"])
+        refuse_unsupported(type(model).__name__, model.config)
+        check_vocabulary(type(model).__name__, model, tokenizer)
+        if self.args.use_cpu or (torch.cuda.is_available() and model.device.type == "cpu"):
+            place(model, torch.device("cpu" if self.args.use_cpu else "cuda"))
         model.eval()
         if self.args.save_dtype == "float32" and model.dtype != torch.float32:
             raise ConfigError(f"save_dtype=float32 but the model is in {model.dtype}", "load it with dtype='float32'")
@@ -214,7 +234,10 @@ class SFTTrainer:
             run = Run.open(path.parent.parent)
             run.lock()
             return run, path
-        run = Run.open(self.args.output_dir or Path("runs") / self.args.run_name)
+        run = Run.latest(self.args.output_dir, self.args.run_name)
+        recorded_steps = run.read_yaml("config.yaml").get("max_steps", -1)
+        if run.is_complete() and not self.args.max_steps > recorded_steps:
+            raise ConfigError(f"{run.path} is complete", "give a longer max_steps to go on, or train anew")
         run.lock()
         try:
             found, rejected = checkpoint.newest(run.path / "checkpoints")

@@ -180,6 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
     except PostgradError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("  → use a smaller model, a smaller token_budget, or gradient_checkpointing=true", file=sys.stderr)
+        return 1
     except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         return 1

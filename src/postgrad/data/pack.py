@@ -6,6 +6,7 @@ loss is a sum over trained tokens divided by their number in the whole step.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from postgrad.types import Batch, Sample
 def split_balanced(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Divide documents among as few batches as the budget allows, with nearly equal token counts.
 
-    Longest first, each into the emptiest batch; one batch more as long as something does not fit. A document
+    Longest first, each into the emptiest batch; more batches as long as something does not fit. A document
     longer than the budget gets a batch of its own.
 
     Args:
@@ -30,16 +31,17 @@ def split_balanced(lengths: Sequence[int], token_budget: int) -> list[list[int]]
     if not lengths:
         return []
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for count in range(max(1, -(-sum(lengths) // token_budget)), len(lengths) + 1):
+    count = max(1, -(-sum(lengths) // token_budget))
+    while count < len(lengths):
         bins: list[list[int]] = [[] for _ in range(count)]
-        totals = [0] * count
+        heap = [(0, number) for number in range(count)]
         for index in order:
-            emptiest = totals.index(min(totals))
+            total, emptiest = heap[0]
             bins[emptiest].append(index)
-            totals[emptiest] += lengths[index]
-        fits = all(total <= token_budget or len(chosen) == 1 for total, chosen in zip(totals, bins, strict=True))
-        if fits:
+            heapq.heapreplace(heap, (total + lengths[index], emptiest))
+        if all(total <= token_budget or len(bins[number]) == 1 for total, number in heap):
             return [chosen for chosen in bins if chosen]
+        count += max(1, count // 50)
     return [[index] for index in order]
 
 

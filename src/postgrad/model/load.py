@@ -80,7 +80,7 @@ def load_model(
         common["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(location, **common)
-        _refuse_unsupported(name, config)
+        refuse_unsupported(name, config)
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
         source = _source_dtype(config)
         with quiet():
@@ -98,7 +98,7 @@ def load_model(
         eos_token=eos_token,
         pad_token=pad_token,
     )
-    _check_vocabulary(name, model, tokenizer)
+    check_vocabulary(name, model, tokenizer)
     return LoadedModel(model, tokenizer, chat, name, location if isinstance(location, Path) else None, source)
 
 
@@ -127,7 +127,7 @@ def load_tokenizer(
         common["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(location, **common)
-        _refuse_unsupported(name, config)
+        refuse_unsupported(name, config)
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
         try:
             generation = GenerationConfig.from_pretrained(location, **common)
@@ -259,7 +259,12 @@ def _source_dtype(config: Any) -> torch.dtype:
     return DTYPES.get(str(found).removeprefix("torch."), torch.float32)
 
 
-def _refuse_unsupported(name: str, config: Any) -> None:
+def refuse_unsupported(name: str, config: Any) -> None:
+    """Refuse what cannot be trained right: vision, quantised, encoder-decoder and mixture-of-experts models.
+
+    Raises:
+        ModelError: with the reason.
+    """
     text = config.get_text_config()
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         raise ModelError(f"{name} reads images or sound, which postgrad does not train", "use a text-only model")
@@ -276,7 +281,12 @@ def _refuse_unsupported(name: str, config: Any) -> None:
         )
 
 
-def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model cannot embed.
+
+    Raises:
+        ModelError: with both sizes.
+    """
     rows = embedding_rows(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:

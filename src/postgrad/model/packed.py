@@ -111,19 +111,33 @@ def packed_attention(model: PreTrainedModel, packing: bool = True) -> Iterator[N
         model.set_attn_implementation(native)
 
 
-def choose(model: PreTrainedModel) -> Choices:
+def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
     """Try packing and the fused head on the model itself, on a few tokens, and keep what is right.
 
     Args:
-        model: in any mode; its mode and attention are restored.
+        model: in any mode; its mode, attention and weights are restored.
+        compute_dtype: dtype of the weights in training; default: as they are.
     """
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weights_in(model, compute_dtype or model.dtype):
             return _probe(model)
     finally:
         model.train(training)
+
+
+@contextmanager
+def weights_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Give the parameters another dtype inside the block, and their own values back after it."""
+    kept = [parameter.data for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in zip(model.parameters(), kept, strict=True):
+            parameter.data = data
 
 
 def _probe(model: PreTrainedModel) -> Choices:
@@ -133,6 +147,9 @@ def _probe(model: PreTrainedModel) -> Choices:
     documents = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in PROBE_LENGTHS]
     alone = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in documents]
     head, scale, softcap, reason = _probe_head(model, documents[0], alone[0])
+    config = model.config.get_text_config()
+    if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+        return Choices(False, head, scale, softcap, "documents go one by one: the model drops out attention weights")
     try:
         together = _packed_logits(model, documents)
         packing = _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from postgrad.errors import PostgradError
+from postgrad.model.packed import weights_in
 from postgrad.model.quiet import quiet
 from postgrad.runs import write_atomic
 
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> Path:
-    """Save weights, configuration, generation settings, tokenizer and template, all or nothing.
+    """Save weights, configuration, generation settings, tokenizer and template.
 
     Args:
         model, tokenizer: what to save.
-        folder: replaced when it exists.
+        folder: made complete, or not at all; where it exists, files of other names stay.
         dtype: of the saved weights.
 
     Raises:
@@ -36,14 +35,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        with _in_dtype(model, dtype), quiet():
+        with weights_in(model, dtype), quiet():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():  # another user may serve the model
             os.chmod(file, 0o644)
         os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        if folder.exists():  # it may hold more than a model: replace only the files of the same names
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise PostgradError(f"the model could not be saved to {folder}: {error}", "free disk space") from None
     finally:
@@ -106,15 +108,3 @@ def _score_table(comparison: dict[str, Any] | None) -> list[str]:
     rows = comparison["rows"]
     lines += ["", f"{rows['loss']} rows scored, {rows['asked']} asked. {comparison['verdict']['text']}"]
     return lines
-
-
-@contextmanager
-def _in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    kept = [parameter.data for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in zip(model.parameters(), kept, strict=True):
-            parameter.data = data

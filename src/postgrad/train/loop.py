@@ -275,6 +275,8 @@ def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -
     loss, tokens = mean_loss(totals)
     row = {"step": state.step, "epoch": round(order.epoch(state.step), 6), "eval_loss": loss, "eval_tokens": tokens}
     _log(job, state, {**row, "time": time.time()})
+    if state.step == 0:
+        return True  # the starting model is no checkpoint to come back to
     gain = _gain(loss, state.best_metric, job.config)
     if gain > 0:
         state.best_metric, state.best_step = loss, state.step

@@ -31,6 +31,9 @@ class MasterOptimizer:
         self.max_grad_norm = config.max_grad_norm
         self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
         self.shared = compute_dtype == torch.float32
+        self.frozen = [(p, p.data) for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+        for parameter, _ in self.frozen:
+            parameter.data = parameter.data.to(compute_dtype)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.data = master if self.shared else master.to(compute_dtype)
         undecayed = no_decay_names(model)
@@ -100,6 +103,8 @@ class MasterOptimizer:
         """Give each parameter the dtype it came in, with the master's value."""
         for parameter, master, dtype in zip(self.parameters, self.masters, dtypes, strict=True):
             parameter.data = master.to(dtype)
+        for parameter, data in self.frozen:
+            parameter.data = data
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and moments by name, for a checkpoint."""

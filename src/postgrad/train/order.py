@@ -43,8 +43,10 @@ class DataOrder:
         return order[: self.usable][within * size : (within + 1) * size].tolist()
 
     def epoch(self, steps: int) -> float:
-        """Epochs done after so many steps."""
-        return steps / self.steps_per_epoch
+        """Epochs done after so many steps, counted in batches of one device, as transformers does."""
+        batches = math.ceil(self.usable / self.config.per_device_train_batch_size)
+        whole, within = divmod(steps, self.steps_per_epoch)
+        return whole + min(within * self.config.gradient_accumulation_steps, batches) / batches
 
     def _seed(self) -> int:
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
