@@ -301,7 +301,7 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     good = loss["high"] < 0 or (exact is not None and exact["low"] > 0)
     bad = loss["low"] > 0 or (exact is not None and exact["high"] < 0)
     status = "unclear" if good == bad else "better" if good else "worse"
-    words = {"better": "Better.", "worse": "Worse.", "unclear": "No clear change."}
+    words = {"better": "Better:", "worse": "Worse:", "unclear": "No clear change:"}
     return {"status": status, "text": f"{words[status]} " + "; ".join(parts) + "."}
 
 
