@@ -121,7 +121,8 @@ BEHAVIOUR = [
     (
         "`train()`",
         "Leaves checkpoints in `output_dir`; you save the model.",
-        "Writes the trained model to `model/` of the run directory, with tokenizer, template and generation settings.",
+        "Writes the trained model to `model/` of the run directory, with tokenizer, template and generation settings; "
+        'not with `save_strategy="no"`, where `save_model()` does.',
     ),
     (
         "`output_dir`",
