@@ -62,7 +62,7 @@ def generate(
     answers: list[Answer | None] = [None] * len(prompts)
     done = 0
     try:
-        for group in _groups(prompts, max_new_tokens):
+        for group in _groups(prompts, max_new_tokens, context_length(model, tokenizer)):
             for index, answer in zip(
                 group,
                 _generate_group(
@@ -108,15 +108,18 @@ def ask(
     return generate(model, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
-def _groups(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """Longest first, so that the largest batch shows at once whether memory suffices."""
+def _groups(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[list[int]]:
+    """Longest first, so that the largest batch shows at once whether memory suffices.
+
+    A prompt that leaves less than ``max_new_tokens`` of the context goes alone: it must not shorten others' answers.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     groups: list[list[int]] = []
     for index in order:
         group = groups[-1] if groups else None
         rows = 1 if group is None else len(group) + 1
         width = len(prompts[group[0]] if group else prompts[index]) + max_new_tokens
-        if group is None or rows > BATCH_ROWS or rows * width > BATCH_TOKENS:
+        if group is None or rows > BATCH_ROWS or rows * width > BATCH_TOKENS or width > context:
             groups.append([index])
         else:
             group.append(index)

@@ -169,10 +169,7 @@ def build_examples(
         ConfigError: for a mapping or weights that make no sense.
     """
     check_columns(columns or {})
-    if weights is not None and (len(weights) != len(tables) or any(not 0 < weight < 1e6 for weight in weights)):
-        raise ConfigError(
-            f"the weights {weights} do not fit {len(tables)} data sets", "give one positive number for each data set"
-        )
+    _check_weights(weights, len(tables))
     problems = problems or Problems(skip_bad)
     parts, formats = _normalise(tables, limit, columns or {}, text_field, problems)
     problems.raise_if_any()
@@ -203,11 +200,19 @@ def build_examples(
         weighted_counts={name: len(part) for name, part in zip(names, mixed, strict=True)},
         columns=dict(found),
         total_rows=sum(table.total_rows for table in tables),
-        notes=[note for table in tables for note in table.notes] + _notes(names, parts, used_rows),
+        notes=[note for table in tables for note in table.notes]
+        + (_notes(names, parts, used_rows) if used_rows else []),
     )
 
 
 Pair = tuple[RawRow, Example]
+
+
+def _check_weights(weights: list[float] | None, tables: int) -> None:
+    if weights is not None and (len(weights) != tables or any(not 0 < weight < 1e6 for weight in weights)):
+        raise ConfigError(
+            f"the weights {weights} do not fit {tables} data sets", "give one positive number for each data set"
+        )
 
 
 def _format_name(kinds: list[str], formats: Counter[str]) -> str:
