@@ -65,6 +65,10 @@ class SFTConfig(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW ε.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this L2 norm; 0 switches it off.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bf16"] = Field(
+        "adamw_torch", description="AdamW on fp32 masters; adamw_bf16 keeps its moments in bf16 (CUDA only)."
+    )
+    torch_compile: bool | None = Field(None, description="Compile the layers; default: where the run is long enough.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
     data_seed: int | None = Field(None, ge=0, lt=2**32, description="Seed of the data order alone; default: seed.")
     train_sampling_strategy: Literal["random", "sequential"] = Field(

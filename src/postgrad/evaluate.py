@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from postgrad.data.pack import pack
 from postgrad.data.render import Renderer
 from postgrad.generate import Sampling, generate
 from postgrad.model.packed import PackedModel
@@ -98,7 +97,7 @@ def heldout_loss(
     packed.model.eval()
     try:
         with torch.no_grad(), packed.attention():
-            for batch in pack(samples, token_budget, packing=packed.choices.packing, device=packed.model.device):
+            for batch in packed.batches(samples, token_budget):
                 if stop():
                     return None
                 _, nll_N = packed.loss(batch, 1.0)

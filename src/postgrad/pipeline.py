@@ -128,7 +128,7 @@ def fine_tune(
         freeze_template(config, loaded.tokenizer, data.train, run)
         renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
         prepared, heldout = check(config, loaded, data, renderer, run, display)
-        packed, choices = choose(config, loaded, run, display, resume_from)
+        packed, choices = choose(config, loaded, prepared, run, display, resume_from)
     exam = make_exam(config, loaded, renderer, heldout)
     with timed(run, "before"):
         ask(exam, packed, choices["token_budget"], run, "before.jsonl", display)

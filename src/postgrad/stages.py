@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError
 from postgrad.evaluate import Exam, as_rows, compare, sit
 from postgrad.model import packed as packed_model
+from postgrad.model.compiled import worth_compiling
 from postgrad.model.load import (
     DTYPES,
     LoadedModel,
@@ -45,7 +46,7 @@ from postgrad.train.order import DataOrder
 from postgrad.types import Conversation, Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 16_384
@@ -226,7 +227,7 @@ def check(
 
 
 def choose(
-    config: SFTConfig, loaded: LoadedModel, run: Run, display: Display, resume_from: Path | None
+    config: SFTConfig, loaded: LoadedModel, prepared: Prepared, run: Run, display: Display, resume_from: Path | None
 ) -> tuple[PackedModel, dict[str, Any]]:
     """Make the choices of the engine once, or take the recorded ones on resume: changing them changes bits."""
     model = loaded.model
@@ -240,15 +241,32 @@ def choose(
             "token_budget": budget,
             "threads": torch.get_num_threads(),
             "attention": "packed, isolated by document",
-            **asdict(packed_model.choose(model, torch.bfloat16 if bf16 else torch.float32)),
+            **_engine(config, model, prepared, torch.bfloat16 if bf16 else torch.float32, budget),
         }
         if not recorded_choices["packing"]:
             recorded_choices["attention"] = "the model's own, one document at a time"
         run.update_environment(choices=recorded_choices)
     torch.set_num_threads(recorded_choices["threads"])
     display.choices(recorded_choices)
-    kept = {key: recorded_choices[key] for key in ("packing", "head", "scale", "softcap", "reason")}
+    known = {item.name for item in fields(Choices)}
+    kept = {key: value for key, value in recorded_choices.items() if key in known}
     return PackedModel(model, Choices(**kept)), recorded_choices
+
+
+def _engine(
+    config: SFTConfig, model: PreTrainedModel, prepared: Prepared, dtype: torch.dtype, token_budget: int
+) -> dict[str, Any]:
+    """How the model is computed: what the probes found right, and whether the run is long enough to compile."""
+    packed = PackedModel(model, packed_model.choose(model, dtype))
+    order = DataOrder(len(prepared.examples), config)
+    tokens = sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch
+    passes = max(order.total_steps, -(-int(tokens) // token_budget))
+    wanted, why = worth_compiling(model, int(tokens), passes)
+    if config.torch_compile is not None:
+        wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
+    if wanted:
+        packed, why = packed_model.try_compiled(packed, dtype)
+    return {**asdict(packed.choices), "compile_note": why}
 
 
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------
@@ -301,7 +319,10 @@ def fit(
         "heldout": heldout.fingerprint if heldout else None,
         "model": run.read_json("environment.json")["model"]["sha256"],
         "template": loaded.tokenizer.chat_template,
-        "choices": {**{k: v for k, v in choices.items() if k != "reason"}, "device": str(loaded.model.device)},
+        "choices": {
+            **{k: v for k, v in choices.items() if k not in ("reason", "compile_note")},
+            "device": str(loaded.model.device),
+        },
         "config": computed(config),
     }
     order = DataOrder(len(prepared.examples), config)

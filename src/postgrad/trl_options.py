@@ -185,15 +185,11 @@ _ACCELERATE_DEFAULTS = {
     "gradient_accumulation_kwargs": None,
 }
 _ONE_PROCESS = "training runs in one process, on one device, for now; leave it out"
-_COMPILE = "whether to compile is chosen at the start and recorded; leave it out"
+_COMPILE = "layers are compiled by inductor in its default mode; use torch_compile=true or false"
 _QUANTISED = "full training needs unquantised weights; leave it out"
 _WHOLE_DATA = "data are read whole; use max_train_samples, or a slice such as NAME:train[:1000]"
 
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "optim": (
-        "AdamW over fp32 master weights is the one optimizer; leave it out or use adamw_torch",
-        ("adamw_torch", "adamw_torch_fused"),
-    ),
     "optim_args": ("AdamW takes adam_beta1, adam_beta2, adam_epsilon and weight_decay", (None, "")),
     "optim_target_modules": ("all weights are trained with AdamW; leave it out", (None, "", [])),
     "lr_scheduler_kwargs": ("use lr_scheduler_type linear, cosine or constant; they take no arguments", (None, {})),
@@ -205,7 +201,6 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "fp16": ("use bf16, or leave the precision to postgrad: fp16 needs loss scaling", (False, None)),
     "fp16_opt_level": ("use bf16, or leave the precision to postgrad", ("O1", None)),
     "use_mps_device": ("Apple's GPU was never tried; use use_cpu=true", (False, None)),
-    "torch_compile": (_COMPILE, (False, None)),
     "torch_compile_backend": (_COMPILE, (None,)),
     "torch_compile_mode": (_COMPILE, (None,)),
     "activation_offloading": ("use gradient_checkpointing=true to save memory", (False, None)),

@@ -119,6 +119,7 @@ class Batch:
         lengths: the documents' lengths, as Python integers (no device synchronisation to read them).
         sample_ids: for each document the index of its Sample in the list that was packed.
         document_N: int64, shape (N,): which document of this batch a trained token belongs to.
+        tiles: the work list of the GPU's attention kernel, where that is used.
     """
 
     ids_T: torch.Tensor
@@ -130,6 +131,7 @@ class Batch:
     lengths: list[int]
     sample_ids: list[int]
     document_N: torch.Tensor
+    tiles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

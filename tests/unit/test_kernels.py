@@ -100,7 +100,7 @@ def test_linear_cross_entropy_is_its_reference(
     vocabulary: int, bias: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rows, rows_per_chunk in ((1, 1), (5, 5), (11, 4), (12, 4), (13, 4), (9, 1), (6, 1000)):
-        monkeypatch.setattr(linear_ce, "CHUNK_BYTES", 4 * vocabulary * rows_per_chunk)
+        monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", 4 * vocabulary * rows_per_chunk)
         hidden, weight, targets, weights, bias_V = head_inputs(rows, 16, vocabulary, bias, torch.float64)
         wanted = [tensor for tensor in (hidden, weight, bias_V) if tensor is not None]
         fast, fast_nll = linear_cross_entropy(hidden, weight, targets, weights, bias_V=bias_V, **options)

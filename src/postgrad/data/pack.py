@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from postgrad.data.tiles import work_list
 from postgrad.types import Batch, Sample
 
 
@@ -45,14 +46,23 @@ def split_balanced(lengths: Sequence[int], token_budget: int) -> list[list[int]]
     return [[index] for index in order]
 
 
-def build_batch(samples: Sequence[Sample], indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+def build_batch(
+    samples: Sequence[Sample], indices: Sequence[int], device: torch.device | str = "cpu", tile_rows: int | None = None
+) -> Batch:
     """Put documents end to end. Targets are shifted here, once.
 
     Args:
         samples: the list the indices refer to.
         indices: which samples, in order.
-        device: where the tensors go.
+        device: where the tensors go. To a GPU they are copied without waiting.
+        tile_rows: makes the work list of the GPU's attention kernel, with tiles of so many tokens.
     """
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor
+
+    on_gpu = torch.device(device).type == "cuda"
     chosen = [samples[index] for index in indices]
     lengths = [len(sample) for sample in chosen]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -63,20 +73,26 @@ def build_batch(samples: Sequence[Sample], indices: Sequence[int], device: torch
     document_T = np.repeat(np.arange(len(chosen)), lengths)
     positions_T = np.arange(len(ids_T)) - np.repeat(starts[:-1], lengths)
     return Batch(
-        ids_T=torch.from_numpy(ids_T).to(device),
-        positions_T=torch.from_numpy(positions_T).to(device),
-        trained_N=torch.from_numpy(targets - 1).to(device),
-        targets_N=torch.from_numpy(ids_T[targets]).to(device),
-        weights_N=torch.from_numpy(weights_T[targets]).to(device),
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
+        ids_T=put(ids_T),
+        positions_T=put(positions_T),
+        trained_N=put(targets - 1),
+        targets_N=put(ids_T[targets]),
+        weights_N=put(weights_T[targets]),
+        cu_seqlens=put(starts.astype(np.int32)),
         lengths=lengths,
         sample_ids=list(indices),
-        document_N=torch.from_numpy(document_T[targets]).to(device),
+        document_N=put(document_T[targets]),
+        tiles=put(work_list(lengths, tile_rows)) if tile_rows else None,
     )
 
 
 def pack(
-    samples: Sequence[Sample], token_budget: int, *, packing: bool = True, device: torch.device | str = "cpu"
+    samples: Sequence[Sample],
+    token_budget: int,
+    *,
+    packing: bool = True,
+    device: torch.device | str = "cpu",
+    tile_rows: int | None = None,
 ) -> Iterator[Batch]:
     """Cut samples into batches and build them one at a time.
 
@@ -85,8 +101,9 @@ def pack(
         token_budget: most tokens of one batch.
         packing: False puts every document into a batch of its own (models that leak across documents).
         device: where the tensors go.
+        tile_rows: as in :func:`build_batch`.
     """
     lengths = [len(sample) for sample in samples]
     groups = split_balanced(lengths, token_budget) if packing else [[index] for index in range(len(samples))]
     for group in groups:
-        yield build_batch(samples, group, device)
+        yield build_batch(samples, group, device, tile_rows)

@@ -1,6 +1,6 @@
 """Causal attention over packed documents: one contract, a slow reference, a path per device.
 
-    attention(q, k, v, cu_seqlens, scale, window, softcap)
+    attention(q, k, v, cu_seqlens, scale, window, softcap, tiles)
 
 q has shape (T, H, head size); k and v have (T, H or fewer, head size). Token t sees tokens of its own document that
 are not after it and, with a window, fewer than ``window`` tokens before it.
@@ -8,12 +8,12 @@ are not after it and, with a window, fewer than ``window`` tokens before it.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 NAME = "postgrad_packed"
 
@@ -28,6 +28,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     max_length: int | None = None,
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend within each document.
 
@@ -39,20 +40,27 @@ def attention(
         window: how many tokens, itself included, a token may look back on; None: all.
         softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2, arXiv:2408.00118, section 2).
         max_length: longest document, where the caller knows it (saves a synchronisation on CUDA).
+        tiles: the work list of :func:`postgrad.data.tiles.work_list` on the device of ``q_THD``; where it is
+            given and Triton can be used, our own kernel runs: deterministic, and no thread block without work.
 
     Returns:
         Shape (T, H, head size), dtype of ``q_THD``.
     """
+    factor = scale if scale is not None else q_THD.shape[-1] ** -0.5
+    if tiles is not None:
+        from postgrad.kernels.triton_attention import packed_attention
+
+        return packed_attention(q_THD, k_THD, v_THD, tiles, factor, window or 0, softcap or 0.0)
     if q_THD.device.type == "cuda" and q_THD.dtype in (torch.bfloat16, torch.float16) and softcap is None and _varlen:
         longest = max_length or int(cu_seqlens.diff().max())
         return _cuda_varlen(q_THD, k_THD, v_THD, cu_seqlens, longest, scale, window)
-    bounds = cu_seqlens.tolist()
-    pieces = [
-        _one_document(q_THD[a:b], k_THD[a:b], v_THD[a:b], scale, window, softcap)
-        for a, b in itertools.pairwise(bounds)
-        if b > a
-    ]
-    return torch.cat(pieces)
+    out_THD, _ = _documents(q_THD, k_THD, v_THD, cu_seqlens, factor, window or 0, softcap or 0.0)
+    return out_THD
+
+
+def has_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our own kernel can run on a device and in a dtype."""
+    return device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def attention_reference(
@@ -93,32 +101,151 @@ def _dense(
     return torch.einsum("hqk,khd->qhd", probabilities_HTT.to(v_THD.dtype), v_THD)
 
 
-def _one_document(
+@torch.library.custom_op("postgrad::documents", mutates_args=())
+def _documents(
     q_THD: torch.Tensor,
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Document by document; returns the output and the log-sum-exp of each query's scores, shape (T, H).
+
+    One operator for all documents: autograd keeps no slice of each, and a compiler sees no loop.
+    """
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    lse_TH = torch.zeros(q_THD.shape[:2], dtype=_wide(q_THD.dtype), device=q_THD.device)
+    for a, b in _bounds(cu_seqlens):
+        q, k, v = (_heads_first(tensor[a:b]) for tensor in (q_THD, k_THD, v_THD))
+        if _is_plain(q, window, softcap):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+            lse_TH[a:b] = lse[0].T
+        else:
+            out = _masked(q, k, v, scale, window, softcap)
+        out_THD[a:b] = out[0].transpose(0, 1)
+    return out_THD, lse_TH
+
+
+@torch.library.custom_op("postgrad::documents_backward", mutates_args=())
+def _documents_backward(
+    grad_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_THD: torch.Tensor,
+    v_THD: torch.Tensor,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (q_THD, k_THD, v_THD)
+    dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+    for a, b in _bounds(cu_seqlens):
+        q, k, v = (_heads_first(tensor[a:b]) for tensor in tensors)
+        grad = _heads_first(grad_THD[a:b])
+        if _is_plain(q, window, softcap):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, _heads_first(out_THD[a:b]), lse_TH[a:b].T[None], 0.0, True, scale=scale
+            )
+        else:
+            parts = _masked_backward(grad, q, k, v, scale, window, softcap)
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
+            whole[a:b] = part[0].transpose(0, 1)
+    return dq, dk, dv
+
+
+@_documents.register_fake
+def _(q_THD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=_wide(q_THD.dtype))
+
+
+@_documents_backward.register_fake
+def _(grad_THD: torch.Tensor, *tensors: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors[:3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, grad_THD: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    gradients = _documents_backward(grad_THD, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, None, None, None, None)
+
+
+_documents.register_autograd(_backward, setup_context=_keep)
+
+
+def _bounds(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+
+
+def _heads_first(tensor_THD: torch.Tensor) -> torch.Tensor:
+    return tensor_THD.transpose(0, 1)[None]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_plain(q_1HTD: torch.Tensor, window: int, softcap: float) -> bool:
+    """Whether torch's flash kernel of the CPU computes it."""
+    return q_1HTD.device.type == "cpu" and not softcap and not 0 < window < q_1HTD.shape[2]
+
+
+def _masked(
+    q_1HTD: torch.Tensor, k_1HTD: torch.Tensor, v_1HTD: torch.Tensor, scale: float, window: int, softcap: float
 ) -> torch.Tensor:
-    length = len(q_THD)
-    windowed = window is not None and window < length
-    if windowed or softcap is not None:
-        distance_TT = torch.arange(length, device=q_THD.device)[:, None] - torch.arange(length, device=q_THD.device)
-        allowed_TT = distance_TT >= 0
-        if window is not None:
-            allowed_TT &= distance_TT < window
-        if softcap is not None:
-            return _dense(q_THD, k_THD, v_THD, allowed_TT, scale, softcap)
-        mask: torch.Tensor | None = allowed_TT
-    else:
-        mask = None
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q_THD, k_THD, v_THD))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
-    return out[0].transpose(0, 1)
+    """One document with a window or capped scores; shapes (1, H, T, head size)."""
+    v = v_1HTD[0].repeat_interleave(q_1HTD.shape[1] // v_1HTD.shape[1], 0)
+    p_HTT, _ = _probabilities(q_1HTD[0], k_1HTD[0], scale, window, softcap)
+    return (p_HTT.to(v.dtype) @ v)[None]
+
+
+def _masked_backward(
+    grad_1HTD: torch.Tensor,
+    q_1HTD: torch.Tensor,
+    k_1HTD: torch.Tensor,
+    v_1HTD: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`_masked`, by the chain rule; each in the shape of its input."""
+    grad, q = grad_1HTD[0], q_1HTD[0]
+    heads, group = k_1HTD.shape[1], q_1HTD.shape[1] // k_1HTD.shape[1]
+    p_HTT, slope_HTT = _probabilities(q, k_1HTD[0], scale, window, softcap)
+    k, v = (tensor[0].repeat_interleave(group, 0) for tensor in (k_1HTD, v_1HTD))
+    dp_HTT = (grad @ v.transpose(1, 2)).to(p_HTT.dtype)
+    ds_HTT = p_HTT * (dp_HTT - (dp_HTT * p_HTT).sum(-1, keepdim=True)) * scale
+    if slope_HTT is not None:
+        ds_HTT *= slope_HTT
+    ds = ds_HTT.to(q.dtype)
+    dk, dv = ds.transpose(1, 2) @ q, p_HTT.to(q.dtype).transpose(1, 2) @ grad
+    per_head = [tensor.unflatten(0, (heads, group)).sum(1)[None] for tensor in (dk, dv)]
+    return (ds @ k)[None], per_head[0], per_head[1]
+
+
+def _probabilities(
+    q_HTD: torch.Tensor, k_HTD: torch.Tensor, scale: float, window: int, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax of the masked scores, shape (H, T, T), and the slope of the cap."""
+    k_HTD = k_HTD.repeat_interleave(q_HTD.shape[0] // k_HTD.shape[0], 0)
+    scores_HTT = (q_HTD @ k_HTD.transpose(1, 2)).to(_wide(q_HTD.dtype)) * scale
+    slope_HTT = None
+    if softcap:
+        capped_HTT = torch.tanh(scores_HTT / softcap)
+        scores_HTT, slope_HTT = softcap * capped_HTT, 1 - capped_HTT.square()
+    steps = torch.arange(q_HTD.shape[1], device=q_HTD.device)
+    distance_TT = steps[:, None] - steps
+    hidden_TT = distance_TT < 0
+    if window:
+        hidden_TT |= distance_TT >= window
+    return torch.softmax(scores_HTT.masked_fill(hidden_TT, float("-inf")), -1), slope_HTT
 
 
 def _varlen_function() -> Any:
@@ -149,9 +276,8 @@ def _cuda_varlen(
     elif window is None:
         options["is_causal"] = True
     else:
-        bounds = cu_seqlens.tolist()
-        pairs = itertools.pairwise(bounds)
-        return torch.cat([_one_document(q_THD[a:b], k_THD[a:b], v_THD[a:b], scale, window, None) for a, b in pairs])
+        factor = scale if scale is not None else q_THD.shape[-1] ** -0.5
+        return _documents(q_THD, k_THD, v_THD, cu_seqlens, factor, window, 0.0)[0]
     if "enable_gqa" in _varlen_parameters:
         options["enable_gqa"] = q_THD.shape[1] != k_THD.shape[1]
     if "scale" in _varlen_parameters:
@@ -174,6 +300,7 @@ def _for_transformers(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    attention_tiles: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """The contract in the form of transformers' attention interface: tensors of shape (1, H, T, head size)."""
@@ -195,6 +322,7 @@ def _for_transformers(
         window=sliding_window,
         softcap=softcap,
         max_length=max_length_q,
+        tiles=attention_tiles,
     )
     return out_THD[None], None
 

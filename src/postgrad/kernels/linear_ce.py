@@ -1,16 +1,18 @@
-"""Output projection and cross-entropy in one: only trained rows, in chunks, the gradient already in the forward.
+"""Output projection and cross-entropy in one: only trained rows, in chunks, the N × V logits never whole.
 
-The logits of a chunk exist once; turned in place into the gradient they cost three matrix products in all, and the
-N × V matrix is never whole.
+:func:`linear_cross_entropy` has the gradient ready when the forward pass ends: a chunk of logits is turned in place
+into its gradient, so three matrix products suffice. :func:`token_logprobs` serves losses that are functions of each
+token's log-probability (DPO, GRPO): it keeps only the log-sum-exp and computes the logits once more going back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}  # of one chunk of logits
 
 
 def linear_cross_entropy(
@@ -39,6 +41,27 @@ def linear_cross_entropy(
     """
     total, nll_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, scale, softcap, bias_V)
     return total, nll_N
+
+
+def token_logprobs(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    bias_V: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log softmax(hidden · weightᵀ) at the targets, for any loss that is a function of them.
+
+    Args:
+        hidden_ND, weight_VD, targets_N, scale, softcap, bias_V: as in :func:`linear_cross_entropy`.
+
+    Returns:
+        Differentiable, float32, shape (N,).
+    """
+    logprobs_N: torch.Tensor = _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, scale, softcap, bias_V)
+    return logprobs_N
 
 
 def linear_cross_entropy_reference(
@@ -71,33 +94,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         bias_V: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
-        nll_N = torch.empty(len(hidden_ND), dtype=wide, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND) if needs else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None else None
-        for start in range(0, len(hidden_ND), rows):
-            part = slice(start, start + rows)
-            logits = hidden_ND[part] @ weight_VD.T
-            logits = logits.to(wide) if bias_V is None else logits.to(wide) + bias_V.to(wide)
-            gradient = _softmax_gradient_(logits, targets_N[part], nll_N[part], scale, softcap, needs)
-            if gradient is None:
-                continue
-            gradient.mul_(weights_N[part, None].to(wide))
-            if grad_bias_V is not None:
-                grad_bias_V += gradient.sum(0)
-            narrow = gradient.to(hidden_ND.dtype)
-            if grad_hidden_ND is not None:
-                torch.mm(narrow, weight_VD, out=grad_hidden_ND[part])
-            if grad_weight_VD is not None:
-                grad_weight_VD += narrow.T @ hidden_ND[part]
-        ctx.gradients = (
-            grad_hidden_ND,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype),
-        )
+        sums = _Sums(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        nll_N = torch.empty(len(hidden_ND), dtype=_wide(hidden_ND), device=hidden_ND.device)
+        for part in _chunks(hidden_ND, weight_VD):
+            logits = _project(hidden_ND[part], weight_VD, bias_V)
+            _softmax_gradient_(logits, targets_N[part], weights_N[part], nll_N[part], scale, softcap, sums.wanted)
+            if sums.wanted:
+                sums.add(part, logits)
+        ctx.gradients = sums.gradients()
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weights_N).sum(), nll_N
 
@@ -107,15 +111,115 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None, None, None, bias
 
 
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        bias_V: torch.Tensor | None,
+    ) -> torch.Tensor:
+        nll_N = torch.empty(len(hidden_ND), dtype=_wide(hidden_ND), device=hidden_ND.device)
+        for part in _chunks(hidden_ND, weight_VD):
+            logits = _project(hidden_ND[part], weight_VD, bias_V)
+            _softmax_gradient_(logits, targets_N[part], nll_N[part], nll_N[part], scale, softcap, False)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V)
+        ctx.options = (scale, softcap)
+        return -nll_N
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        hidden_ND, weight_VD, targets_N, bias_V = ctx.saved_tensors
+        scale, softcap = ctx.options
+        weights_N = -upstream[0].contiguous()
+        sums = _Sums(hidden_ND, weight_VD, bias_V, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        nll_N = torch.empty_like(weights_N)
+        for part in _chunks(hidden_ND, weight_VD):
+            logits = _project(hidden_ND[part], weight_VD, bias_V)
+            _softmax_gradient_(logits, targets_N[part], weights_N[part], nll_N[part], scale, softcap, True)
+            sums.add(part, logits)
+        hidden, weight, bias = sums.gradients()
+        return hidden, weight, None, None, None, bias
+
+
+class _Sums:
+    """The gradients of a projection, added up chunk by chunk; those that all rows share, in float32."""
+
+    def __init__(
+        self,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        needs_hidden: bool,
+        needs_weight: bool,
+    ) -> None:
+        self.inputs = (hidden_ND, weight_VD, bias_V)
+        self.wanted = needs_hidden or needs_weight
+        self.hidden_ND = torch.empty_like(hidden_ND) if self.wanted else None
+        wide = _wide(hidden_ND)
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        self.bias_V = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and self.wanted else None
+
+    def add(self, part: slice, gradient: torch.Tensor) -> None:
+        """Take in the gradient of one chunk's logits."""
+        hidden_ND, weight_VD, _ = self.inputs
+        if self.bias_V is not None:
+            self.bias_V += gradient.sum(0, dtype=self.bias_V.dtype)
+        narrow = gradient.to(hidden_ND.dtype)
+        if self.hidden_ND is not None:
+            torch.mm(narrow, weight_VD, out=self.hidden_ND[part])
+        if self.weight_VD is None:
+            return
+        if self.weight_VD.dtype == narrow.dtype:
+            self.weight_VD.addmm_(narrow.T, hidden_ND[part])
+        else:
+            self.weight_VD += narrow.T @ hidden_ND[part]
+
+    def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Of hidden states, weight and bias, each in its input's dtype."""
+        _, weight_VD, bias_V = self.inputs
+        weight = None if self.weight_VD is None else self.weight_VD.to(weight_VD.dtype)
+        bias = None if self.bias_V is None or bias_V is None else self.bias_V.to(bias_V.dtype)
+        return self.hidden_ND, weight, bias
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:
+    size = 4 if hidden_ND.device.type == "cpu" else weight_VD.element_size()
+    rows = max(1, CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"]) // (size * weight_VD.shape[0]))
+    for start in range(0, len(hidden_ND), rows):
+        yield slice(start, start + rows)
+
+
+def _project(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+    """Logits of a chunk: wide on a CPU, where the softmax works on them in place; as they come on a GPU."""
+    logits = hidden_ND @ weight_VD.T
+    if not logits.is_cuda:
+        logits = logits.to(_wide(hidden_ND))
+    return logits if bias_V is None else logits.add_(bias_V)
+
+
 def _softmax_gradient_(
     logits: torch.Tensor,
     targets: torch.Tensor,
+    weights: torch.Tensor,
     nll: torch.Tensor,
     scale: float,
     softcap: float | None,
     needs_gradient: bool,
-) -> torch.Tensor | None:
-    """Write the losses into ``nll`` and turn ``logits`` in place into d(nll)/d(logits)."""
+) -> None:
+    """Write the losses into ``nll`` and turn ``logits`` in place into the gradient of their weighted sum."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from postgrad.kernels.triton_softmax import softmax_gradient_
+
+        softmax_gradient_(logits, targets, weights, nll, scale, softcap, needs_gradient)
+        return
     if scale != 1.0:
         logits.mul_(scale)
     slope = None
@@ -128,13 +232,10 @@ def _softmax_gradient_(
     largest = logits.amax(1, keepdim=True)
     logits.sub_(largest).exp_()
     total = logits.sum(1, keepdim=True)
+    if needs_gradient:
+        factor = weights[:, None].to(logits.dtype) * scale
+        logits.mul_(factor / total)
+        logits.scatter_add_(1, targets[:, None], -factor)
+        if slope is not None:
+            logits.mul_(slope)
     nll.copy_((total.log() + largest - chosen)[:, 0])
-    if not needs_gradient:
-        return None
-    logits.div_(total)
-    logits.scatter_add_(1, targets[:, None], torch.full_like(chosen, -1.0))
-    if slope is not None:
-        logits.mul_(slope)
-    if scale != 1.0:
-        logits.mul_(scale)
-    return logits

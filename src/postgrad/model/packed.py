@@ -6,17 +6,21 @@ give what each gives alone, they go one by one; if our head does not give the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from postgrad.data.pack import build_batch, pack
+from postgrad.data.tiles import tile_rows
 from postgrad.kernels import attention as attention_kernel
 from postgrad.kernels.linear_ce import linear_cross_entropy
-from postgrad.types import Batch
+from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
+from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +36,8 @@ class Choices:
         packing: several documents in one forward pass.
         head: ``fused`` (ours, on trained rows) or ``model`` (the model's own logits of those rows).
         scale, softcap: of the logits, for the fused head.
+        tiles: attention by our own kernel over a work list (CUDA).
+        compiled: the layers are compiled in training.
         reason: why not the fast way, for people; empty otherwise.
     """
 
@@ -39,6 +45,8 @@ class Choices:
     head: str
     scale: float = 1.0
     softcap: float | None = None
+    tiles: bool = False
+    compiled: bool = False
     reason: str = ""
 
 
@@ -54,10 +62,27 @@ class PackedModel:
         self.model, self.choices = model, choices
 
     @contextmanager
-    def attention(self) -> Iterator[None]:
-        """Use the packed attention inside the block, and the model's own after it."""
-        with packed_attention(self.model, self.choices.packing):
+    def attention(self, training: bool = False) -> Iterator[None]:
+        """Use the packed attention inside the block, and the model's own after it.
+
+        Args:
+            training: compiled layers too, where they were chosen; scoring is always eager.
+        """
+        with (
+            compiled_layers(self.model, training and self.choices.compiled),
+            packed_attention(self.model, self.choices.packing),
+        ):
             yield
+
+    def batches(self, samples: Sequence[Sample], token_budget: int) -> Iterator[Batch]:
+        """Cut samples into batches as this model takes them; see :func:`postgrad.data.pack.pack`."""
+        return pack(
+            samples,
+            token_budget,
+            packing=self.choices.packing,
+            device=self.model.device,
+            tile_rows=tile_rows(head_size(self.model)) if self.choices.tiles else None,
+        )
 
     def loss(self, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the trained tokens' losses times ``scale``; call inside :meth:`attention`.
@@ -94,7 +119,7 @@ class PackedModel:
         return decoder(**self._inputs(batch), use_cache=False).last_hidden_state[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return _inputs(batch.ids_T, batch.positions_T, batch.cu_seqlens, max(batch.lengths), self.choices.packing)
+        return _inputs(batch, self.choices.packing)
 
 
 @contextmanager
@@ -149,14 +174,18 @@ def _probe(model: PreTrainedModel) -> Choices:
     head, scale, softcap, reason = _probe_head(model, documents[0], alone[0])
     config = model.config.get_text_config()
     if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
-        return Choices(False, head, scale, softcap, "documents go one by one: the model drops out attention weights")
-    try:
-        together = _packed_logits(model, documents)
-        packing = _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together)
-        reason = reason if packing else "packed documents do not give what each gives alone: one by one instead"
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        packing, reason = False, f"documents go one by one: {error}"
-    return Choices(packing=packing, head=head, scale=scale, softcap=softcap, reason=reason)
+        problem = "documents go one by one: the model drops out attention weights"
+        return Choices(packing=False, head=head, scale=scale, softcap=softcap, reason=problem)
+    chosen = Choices(packing=True, head=head, scale=scale, softcap=softcap, reason=reason)
+    problem = "packed documents do not give what each gives alone: one by one instead"
+    for tiles in (True, False) if attention_kernel.has_tiles(device, model.dtype) else (False,):
+        try:
+            together = _packed_logits(model, documents, tiles)
+            if _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
+                return replace(chosen, tiles=tiles)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"documents go one by one: {error}"
+    return replace(chosen, packing=False, reason=problem)
 
 
 def _probe_head(model: PreTrainedModel, ids_T: torch.Tensor, expected_TV: torch.Tensor) -> tuple[str, float, Any, str]:
@@ -179,29 +208,46 @@ def _probe_head(model: PreTrainedModel, ids_T: torch.Tensor, expected_TV: torch.
     return "model", 1.0, None, "the model's own head is used: its logits are not a plain projection"
 
 
-def _packed_logits(model: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tensor:
-    lengths = [len(ids) for ids in documents]
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(model.device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
+def _packed_logits(model: PreTrainedModel, documents: list[torch.Tensor], tiles: bool) -> torch.Tensor:
+    batch = build_batch(
+        probe_samples(documents),
+        range(len(documents)),
+        model.device,
+        tile_rows(head_size(model)) if tiles else None,
+    )
     with packed_attention(model):
-        inputs = _inputs(torch.cat(documents), positions, starts, max(lengths), True)
-        return model(**inputs, use_cache=False).logits[0].float()
+        return model(**_inputs(batch, True), use_cache=False).logits[0].float()
 
 
-def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV: torch.Tensor) -> bool:
+def probe_samples(documents: Sequence[torch.Tensor]) -> list[Sample]:
+    """Documents of token ids as Samples whose every token is trained."""
+    return [
+        Sample(ids.cpu().numpy(), np.ones(len(ids), dtype=np.float32), Source("probe", number), number)
+        for number, ids in enumerate(documents, 1)
+    ]
+
+
+def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV: torch.Tensor, tiles: bool) -> bool:
     """Whether the second document's logits stay when the first changes: exact, where rounding would hide a leak."""
     start = len(documents[0])
-    again_TV = _packed_logits(model, [documents[0].flip(0), *documents[1:]])
+    again_TV = _packed_logits(model, [documents[0].flip(0), *documents[1:]], tiles)
     return bool((again_TV[start:] - together_TV[start:]).norm() <= 1e-5 * together_TV[start:].norm())
 
 
-def _inputs(
-    ids_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, packing: bool
-) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": ids_T[None], "position_ids": positions_T[None]}
+def _inputs(batch: Batch, packing: bool) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.ids_T[None], "position_ids": batch.positions_T[None]}
     if packing:
-        inputs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest)
+        starts, longest = batch.cu_seqlens, max(batch.lengths)
+        inputs.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
+    if packing and batch.tiles is not None:
+        inputs["attention_tiles"] = batch.tiles
     return inputs
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """Size of an attention head."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -214,3 +260,45 @@ def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids the model can embed."""
     weight: torch.Tensor = model.get_input_embeddings().get_parameter("weight")
     return len(weight)
+
+
+def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, str]:
+    """Compile the layers and compare loss and gradients of a small batch with the eager ones.
+
+    Args:
+        packed: the model; its weights and mode are restored.
+        dtype: of the weights in training.
+
+    Returns:
+        The same model with compiled layers where they are right, and what was found, for people.
+    """
+    model, compiled = packed.model, PackedModel(packed.model, replace(packed.choices, compiled=True))
+    training, seconds = model.training, list[float]()
+    model.train()
+    try:
+        with weights_in(model, dtype):
+            expected = _probe_gradient(packed)
+            with stopwatch(seconds):
+                found = _probe_gradient(compiled)
+    except Exception as error:  # a compiler may fail in any way; eager goes on
+        return packed, f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    finally:
+        model.train(training)
+        model.zero_grad()
+    if not _close(found, expected, dtype):
+        return packed, "not compiled: the compiled layers give other gradients"
+    return compiled, f"layers compiled in {seconds[0]:.0f} s"
+
+
+def _probe_gradient(packed: PackedModel) -> torch.Tensor:
+    """Loss and gradients of some weights on a small batch, in one vector."""
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(0, embedding_rows(packed.model), (n,), generator=generator) for n in (37, 64, 11)]
+    packed.model.zero_grad()
+    with packed.attention(training=True):
+        batch = next(packed.batches(probe_samples(documents), 1024))
+        loss, _ = packed.loss(batch, 0.01)
+        loss.backward()
+    gradients = [p.grad for layer in decoder_layers(packed.model) for p in layer.parameters() if p.grad is not None]
+    some = [gradient.flatten()[:1000].float() for gradient in gradients]
+    return torch.cat([loss.detach().float().reshape(1), *some])

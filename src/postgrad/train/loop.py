@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from postgrad.config import SFTConfig
-from postgrad.data.pack import pack
 from postgrad.display import Display
 from postgrad.errors import Interrupted, PostgradError, TrainingStopped
 from postgrad.evaluate import heldout_loss, mean_loss
@@ -27,10 +26,13 @@ from postgrad.model.packed import PackedModel
 from postgrad.runs import Run
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
+from postgrad.train.feed import Feed
 from postgrad.train.optim import MasterOptimizer, schedule
 from postgrad.train.order import DataOrder
 from postgrad.train.signals import StopRequest
-from postgrad.types import Sample, StepResult
+from postgrad.types import Batch, Sample, StepResult
+
+Passes = list[tuple[torch.Tensor, Batch, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -57,12 +59,18 @@ class Job:
     identity: dict[str, Any]
     display: Display
     by_example: list[list[Sample]] = field(init=False)
+    feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         groups: dict[int, list[Sample]] = {}
         for sample in self.samples:
             groups.setdefault(sample.example, []).append(sample)
         self.by_example = [groups[example] for example in sorted(groups)]
+        self.feed = Feed(self.packed)
+
+    def samples_of(self, order: DataOrder, step: int) -> list[Sample]:
+        """The Samples of a step, in order."""
+        return [sample for example in order.step(step) for sample in self.by_example[example]]
 
     @property
     def checkpoints(self) -> Path:
@@ -97,7 +105,11 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        with StopRequest() as stop, job.packed.attention(), job.display.training(order.total_steps, state.step):
+        with (
+            StopRequest() as stop,
+            job.packed.attention(training=True),
+            job.display.training(order.total_steps, state.step),
+        ):
             _steps(job, state, optimizer, order, stop)
         if config.load_best_model_at_end and state.best_step not in (None, state.step):
             optimizer.load_state(checkpoint.read(job.checkpoints / f"step-{state.best_step}")[2])
@@ -142,11 +154,11 @@ def _interrupt(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Da
 def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, rate: float) -> StepResult:
     """One optimizer step; when memory runs out, the same step again with half the token budget."""
     started = time.perf_counter()
-    samples = [sample for example in order.step(state.step) for sample in job.by_example[example]]
+    samples = job.samples_of(order, state.step)
     random_state = checkpoint.random_state()
     while True:
         try:
-            loss = _gradient(job, samples, optimizer, state)
+            passes = _gradient(job, state.step, samples, optimizer, state.token_budget)
             break
         except torch.OutOfMemoryError:
             pass  # what the failed pass held is free once its traceback is gone, which is here
@@ -154,10 +166,13 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
         torch.cuda.empty_cache()
         checkpoint.restore_random_state(random_state)
         _shrink_budget(job, state, max(len(sample) for sample in samples))
-    norm = optimizer.grad_norm()
-    if not math.isfinite(norm):
-        _refuse_nonfinite(job, samples, f"gradient norm is {norm}", state.step + 1)
-    optimizer.update(rate, norm)
+    loss_ = torch.stack([loss for loss, _, _ in passes]).to(torch.float64).sum()
+    norm_ = torch.where(torch.isfinite(loss_), optimizer.grad_norm(), torch.nan)
+    optimizer.update(rate, norm_)
+    if state.step + 1 < order.total_steps:
+        job.feed.prepare(state.step + 1, job.samples_of(order, state.step + 1), state.token_budget)
+    loss, norm = torch.stack([loss_, norm_.to(torch.float64)]).tolist()  # the only wait for the device in a step
+    _require_finite(job, samples, passes, loss, norm, state.step + 1)
     return StepResult(
         step=state.step + 1,
         epoch=order.epoch(state.step + 1),
@@ -181,26 +196,30 @@ def _shrink_budget(job: Job, state: LoopState, longest: int) -> None:
     job.display.note(f"out of memory: token budget lowered to {state.token_budget:,}; the mathematics stays")
 
 
-def _gradient(job: Job, samples: list[Sample], optimizer: MasterOptimizer, state: LoopState) -> float:
-    """Accumulate the gradient of the step's loss and return the loss."""
-    packed = job.packed
+def _gradient(job: Job, step: int, samples: list[Sample], optimizer: MasterOptimizer, token_budget: int) -> Passes:
+    """Accumulate the gradient of the step's loss; returns each pass's loss, batch and token losses."""
     scale = 1.0 / sft.denominator(samples)
-    losses, bad = [], []
-    for batch in pack(samples, state.token_budget, packing=packed.choices.packing, device=packed.model.device):
-        loss, nll_N = sft.loss(packed, batch, scale)
+    batches = job.feed.take(step, samples, token_budget)
+    passes = []
+    for number, batch in enumerate(batches, 1):
+        loss, nll_N = sft.loss(job.packed, batch, scale)
         loss.backward()
-        optimizer.accumulate()
-        losses.append(loss.detach())
-        bad.append((batch, nll_N))
-    total = float(torch.stack(losses).to(torch.float64).sum())
-    if not math.isfinite(total):
+        optimizer.accumulate(more=number < len(batches))
+        passes.append((loss.detach(), batch, nll_N))
+    return passes
+
+
+def _require_finite(job: Job, samples: list[Sample], passes: Passes, loss: float, norm: float, step: int) -> None:
+    """Stop at a loss or gradient that is not finite; the optimizer has made no update from it."""
+    if not math.isfinite(loss):
         culprits = {
             batch.sample_ids[document]
-            for batch, nll_N in bad
+            for _, batch, nll_N in passes
             for document in batch.document_N[~torch.isfinite(nll_N)].unique().tolist()
         }
-        _refuse_nonfinite(job, [samples[i] for i in sorted(culprits)] or samples, f"loss is {total}", state.step + 1)
-    return total
+        _refuse_nonfinite(job, [samples[i] for i in sorted(culprits)] or samples, f"loss is {loss}", step)
+    if not math.isfinite(norm):
+        _refuse_nonfinite(job, samples, f"gradient norm is {norm}", step)
 
 
 def _refuse_nonfinite(job: Job, samples: list[Sample], what: str, step: int) -> None:

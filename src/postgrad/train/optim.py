@@ -5,12 +5,19 @@ Compute weights may be bf16; the optimizer never is (an update of 1e-5 would van
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from postgrad.config import SFTConfig
+from postgrad.errors import ConfigError
+from postgrad.train.layout import Layout
+
+BLOCK = 1024  # elements a thread block of the GPU's kernel updates
 
 
 class MasterOptimizer:
@@ -18,101 +25,185 @@ class MasterOptimizer:
 
     Args:
         model: its trainable parameters are trained; those in ``compute_dtype`` are copies of the masters.
-        config: learning rate, betas, epsilon, weight decay, clipping.
+        config: learning rate, betas, epsilon, weight decay, clipping, and ``optim`` for the moments' dtype.
         compute_dtype: dtype of the weights during forward and backward.
 
-    Shapes: one master, and two moments, per parameter, each float32 and of the parameter's shape.
+    Shapes: one master, and two moments, per parameter, each of the parameter's shape; masters are float32. All
+    masters are views of one flat buffer, and so are the moments and the compute weights: on a GPU one kernel updates
+    them in a single pass over memory.
     """
 
     def __init__(self, model: torch.nn.Module, config: SFTConfig, compute_dtype: torch.dtype) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.max_grad_norm = config.max_grad_norm
-        self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
-        self.shared = compute_dtype == torch.float32
+        self.config = config
+        undecayed = no_decay_names(model)
+        self.decayed = [name not in undecayed for name in self.names]
+        self.layout = Layout([p.shape for p in self.parameters], self.decayed, BLOCK)
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.frozen = [(p, p.data) for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
         for parameter, _ in self.frozen:
             parameter.data = parameter.data.to(compute_dtype)
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.data = master if self.shared else master.to(compute_dtype)
-        undecayed = no_decay_names(model)
-        groups: list[dict[str, object]] = [
-            {
-                "params": [m for n, m in zip(self.names, self.masters, strict=True) if (n not in undecayed) is decayed],
-                "weight_decay": config.weight_decay if decayed else 0.0,
-            }
-            for decayed in (True, False)
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        self._make_masters(compute_dtype)
+        self.moments_rounded = config.optim == "adamw_bf16"
+        if self.moments_rounded and not _has_triton(self.device):
+            raise ConfigError("optim=adamw_bf16 needs a CUDA GPU", "leave it out: the moments are then float32")
+        moments_dtype = torch.bfloat16 if self.moments_rounded else torch.float32
+        self.flat_moments = (self._flat(moments_dtype), self._flat(moments_dtype))
+        self.moments = [self.layout.views(flat) for flat in self.flat_moments]
+        self.steps_P = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.sums: torch.Tensor | None = None
+        self.summed = False
+        self.fused = _Fused(self.layout, self.device) if _has_triton(self.device) else None
 
-    def accumulate(self) -> None:
-        """Add the parameters' gradients, after a backward pass, to the masters' and clear them."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.to(torch.float32)
-            else:
-                master.grad.add_(parameter.grad)
+    def _flat(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(self.layout.total, dtype=dtype, device=self.device)
+
+    def _make_masters(self, compute_dtype: torch.dtype) -> None:
+        self.flat_master = self._flat(torch.float32)
+        self.masters = self.layout.views(self.flat_master)
+        self.flat_copy = None if compute_dtype == torch.float32 else self._flat(compute_dtype)
+        copies = self.masters if self.flat_copy is None else self.layout.views(self.flat_copy)
+        for parameter, master, copy in zip(self.parameters, self.masters, copies, strict=True):
+            master.copy_(parameter.detach())
+            parameter.data = copy
+        self.publish()
+
+    @torch.no_grad()
+    def accumulate(self, more: bool = False) -> None:
+        """Take the parameters' gradients after a backward pass, and clear them.
+
+        Args:
+            more: another pass of the same step follows: add up in float32 at once. The gradients of a single pass
+                are kept as they are.
+        """
+        new = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
+        if self.fused is None:
+            self._add(new)
+            return
+        if any(gradient is not None for gradient in self.gradients):
+            self._add_fused(self.gradients)
+            self.gradients = [None] * len(self.parameters)
+        if more or self.summed:
+            self._add_fused(new)
+        else:
+            self.gradients = [None if gradient is None else _readable(gradient) for gradient in new]
 
-    def grad_norm(self) -> float:
-        """L2 norm of the accumulated gradient."""
-        gradients = [master.grad for master in self.masters if master.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    def _add(self, new: list[torch.Tensor | None]) -> None:
+        for number, gradient in enumerate(new):
+            known = self.gradients[number]
+            if gradient is None:
+                continue
+            if known is None:
+                self.gradients[number] = gradient.to(torch.float32)
+            else:
+                known.add_(gradient)
 
-    def update(self, learning_rate: float, norm: float) -> None:
+    def _add_fused(self, new: list[torch.Tensor | None]) -> None:
+        assert self.fused is not None
+        if self.sums is None:
+            self.sums = torch.empty_like(self.flat_master)
+        self.fused.accumulate(self.sums, [None if g is None else _readable(g) for g in new], first=not self.summed)
+        self.summed = True
+
+    def _final(self) -> list[torch.Tensor | None]:
+        """The step's gradients, wherever they are."""
+        return list(self.layout.views(self.sums)) if self.summed and self.sums is not None else self.gradients
+
+    @torch.no_grad()
+    def grad_norm(self) -> torch.Tensor:
+        """L2 norm of the accumulated gradient: a float32 scalar on the parameters' device (reading it waits)."""
+        gradients = self._final()
+        if self.fused is not None:
+            return self.fused.norm(gradients)
+        found = [gradient for gradient in gradients if gradient is not None]
+        return torch.nn.utils.get_total_norm(found) if found else torch.zeros((), device=self.device)
+
+    @torch.no_grad()
+    def update(self, learning_rate: float, norm: torch.Tensor) -> None:
         """Clip to ``max_grad_norm``, make one AdamW step, write the masters into the parameters.
 
         Args:
             learning_rate: of this step.
-            norm: of the gradient, from :meth:`grad_norm`.
+            norm: of the gradient, from :meth:`grad_norm`. Where it is not finite, nothing is updated.
         """
-        if self.max_grad_norm > 0:
-            factor = min(1.0, self.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-            if factor < 1.0:
-                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
+        if self.fused is not None:
+            self.fused.update(self, self._final(), learning_rate, norm)
+        elif bool(torch.isfinite(norm)):
+            self._update(learning_rate, float(norm))
         self.clear()
+
+    def _update(self, learning_rate: float, norm: float) -> None:
+        config = self.config
+        factor = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm > 0 else 1.0
+        if factor < 1.0:  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_([gradient for gradient in self.gradients if gradient is not None], factor)
+        for decayed in (True, False):
+            chosen = [
+                number
+                for number, gradient in enumerate(self.gradients)
+                if gradient is not None and self.decayed[number] is decayed
+            ]
+            self._adamw(chosen, learning_rate, config.weight_decay if decayed else 0.0)
         self.publish()
+
+    def _adamw(self, chosen: list[int], learning_rate: float, weight_decay: float) -> None:
+        if not chosen:
+            return
+        first, second = self.moments
+        steps = [self.steps_P[number].to(torch.float32) for number in chosen]
+        adamw(
+            [self.masters[number] for number in chosen],
+            [gradient for number in chosen if (gradient := self.gradients[number]) is not None],
+            [first[number] for number in chosen],
+            [second[number] for number in chosen],
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.adam_beta1,
+            beta2=self.config.adam_beta2,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self.config.adam_epsilon,
+            maximize=False,
+        )
+        self.steps_P[chosen] = torch.stack(steps).to(torch.float64)
 
     def clear(self) -> None:
         """Forget every gradient."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
+        for parameter in self.parameters:
             parameter.grad = None
-            master.grad = None
+        self.gradients = [None] * len(self.parameters)
+        self.summed = False
 
     @torch.no_grad()
     def publish(self) -> None:
         """Write the masters into the compute weights."""
-        if not self.shared:
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                parameter.copy_(master)
+        if self.flat_copy is not None:
+            self.flat_copy.copy_(self.flat_master)
 
     @torch.no_grad()
     def restore_dtype(self, dtypes: list[torch.dtype]) -> None:
-        """Give each parameter the dtype it came in, with the master's value."""
+        """Give each parameter the dtype it came in, with the master's value, and a storage of its own."""
         for parameter, master, dtype in zip(self.parameters, self.masters, dtypes, strict=True):
-            parameter.data = master.to(dtype)
+            parameter.data = master.to(dtype, copy=True)
         for parameter, data in self.frozen:
             parameter.data = data
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and moments by name, for a checkpoint."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            tensors[f"master.{name}"] = master
-            for key, value in self.adamw.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value)
+        for number, name in enumerate(self.names):
+            tensors[f"master.{name}"] = self.masters[number]
+            if self.steps_P[number] > 0:
+                tensors[f"step.{name}"] = self.steps_P[number].to(torch.float32)
+                tensors[f"exp_avg.{name}"] = self.moments[0][number]
+                tensors[f"exp_avg_sq.{name}"] = self.moments[1][number]
         return tensors
 
     @torch.no_grad()
@@ -122,15 +213,73 @@ class MasterOptimizer:
         Raises:
             KeyError: when a parameter is missing.
         """
-        for name, master in zip(self.names, self.masters, strict=True):
-            master.copy_(tensors[f"master.{name}"])
+        for number, name in enumerate(self.names):
+            self.masters[number].copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
-                self.adamw.state[master] = {
-                    "step": tensors[f"step.{name}"].to(torch.float32).reshape(()).to(master.device),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(master.device, copy=True),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device, copy=True),
-                }
+                self.steps_P[number] = float(tensors[f"step.{name}"])
+                self.moments[0][number].copy_(tensors[f"exp_avg.{name}"])
+                self.moments[1][number].copy_(tensors[f"exp_avg_sq.{name}"])
         self.publish()
+
+
+class _Fused:
+    """The kernels of :mod:`postgrad.kernels.triton_adamw` on this layout."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        from postgrad.kernels import triton_adamw
+
+        self.kernels, self.device = triton_adamw, device
+        sizes_P = torch.tensor(layout.sizes, dtype=torch.int64, device=device)
+        self.blocks = triton_adamw.Blocks(*layout.table(device), sizes_P, layout.decayed_blocks)
+
+    def _addresses(self, gradients: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.dtype]:
+        places = torch.tensor([0 if g is None else g.data_ptr() for g in gradients], dtype=torch.int64)
+        dtype = next((g.dtype for g in gradients if g is not None), torch.float32)
+        if self.device.type == "cuda":
+            places = places.pin_memory()
+        return places.to(self.device, non_blocking=True), dtype
+
+    def accumulate(self, sums: torch.Tensor, gradients: list[torch.Tensor | None], first: bool) -> None:
+        addresses_P, dtype = self._addresses(gradients)
+        self.kernels.accumulate(sums, addresses_P, self.blocks, dtype, first)
+
+    def norm(self, gradients: list[torch.Tensor | None]) -> torch.Tensor:
+        addresses_P, dtype = self._addresses(gradients)
+        return self.kernels.norm(addresses_P, self.blocks, dtype)
+
+    def update(
+        self, owner: MasterOptimizer, gradients: list[torch.Tensor | None], rate: float, norm: torch.Tensor
+    ) -> None:
+        config = owner.config
+        addresses_P, dtype = self._addresses(gradients)
+        moments: Any = owner.flat_moments
+        self.kernels.update(
+            owner.flat_master,
+            moments,
+            owner.flat_copy,
+            addresses_P,
+            self.blocks,
+            dtype,
+            owner.steps_P,
+            norm,
+            rate=rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_norm=config.max_grad_norm,
+            seed=int(torch.randint(2**31 - 1, ())) if owner.moments_rounded else 0,
+        )
+
+
+def _readable(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as the kernels read it: dense, and aligned to 16 bytes."""
+    if gradient.is_contiguous() and gradient.data_ptr() % 16 == 0:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def no_decay_names(model: torch.nn.Module) -> set[str]:

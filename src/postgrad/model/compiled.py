@@ -1,0 +1,88 @@
+"""Compiling a model's layers: each alone, all of one kind sharing one compilation, for any number of tokens.
+
+Compiling costs time before it saves any, so a short run stays eager. Whether the compiled layers are right is tried
+on the model itself, forward and backward, before the first step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Measured, see docs/performance.md. What an eager pass costs a GPU's host per layer, and what a GPU makes of it.
+EAGER_SECONDS_PER_LAYER = 6e-3
+EAGER_GPU_FLOPS = 1.0e14
+EAGER_CPU_FLOPS = 1.5e11
+SAVED_SHARE = {"cuda": 0.55, "cpu": 0.08}
+COMPILE_SECONDS = {"cuda": 45.0, "cpu": 90.0}
+RECOMPILE_LIMIT = 64
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model's repeated layers, and its final norm where it has one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = model.get_decoder()
+    layers: list[torch.nn.Module] = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    norm = getattr(decoder, "norm", None)
+    return [*layers, norm] if layers and isinstance(norm, torch.nn.Module) else layers
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Compile the layers inside the block (``on``), or make sure that they are not; as before after it."""
+    layers = decoder_layers(model)
+    before = [layer._compiled_call_impl for layer in layers]
+    if not on and not any(before):
+        yield
+        return
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        if on:
+            torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+            for layer in layers:
+                layer.compile(dynamic=True)
+        yield
+    finally:
+        for layer, implementation in zip(layers, before, strict=True):
+            layer._compiled_call_impl = implementation
+
+
+def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[bool, str]:
+    """Estimate whether a run is long enough to compile for.
+
+    From the work alone, not from a clock, so that the same run chooses the same on the same kind of machine.
+
+    Args:
+        model: on its device.
+        tokens: read in the whole run.
+        passes: forward passes in the whole run.
+
+    Returns:
+        The answer, and the estimate in words.
+    """
+    kind = "cuda" if model.device.type == "cuda" else "cpu"
+    work = 6.0 * sum(parameter.numel() for parameter in model.parameters()) * tokens
+    if kind == "cuda":
+        eager = max(work / EAGER_GPU_FLOPS, passes * len(decoder_layers(model)) * EAGER_SECONDS_PER_LAYER)
+    else:
+        eager = work / EAGER_CPU_FLOPS
+    saved, cost = eager * SAVED_SHARE[kind], COMPILE_SECONDS[kind]
+    verdict = "compiled" if saved > cost else "not compiled"
+    return saved > cost, f"{verdict}: would save about {saved:,.0f} s and cost up to {cost:.0f} s"
+
+
+@contextmanager
+def stopwatch(seconds: list[float]) -> Iterator[None]:
+    """Append the block's wall-clock seconds to ``seconds``."""
+    started = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - started)
