@@ -23,7 +23,7 @@ from postgrad.sampling import Chooser
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DROP_SHARE = 0.25  # rows leave once this share of the batch has ended; dropping copies the cache of those that stay
+DROP_SHARE = 0.125  # rows leave once this share of the batch has ended; dropping copies the cache of those that stay
 GUARDED_STEPS = 2  # a model that cannot be decoded this way says so by then; later errors are the caller's
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from postgrad import decoding
@@ -19,6 +20,7 @@ from postgrad.sampling import Chooser, draw, uniforms
 KINDS = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "cohere", "granite", "phi3"]
 LENGTHS = [3, 30, 11, 1, 24, 17, 30, 8, 5, 21]  # the sliding windows are 8 tokens wide
 NEW = 40
+SAMPLED = Sampling(temperature=1.3, top_p=0.9, top_k=80, min_p=0.01, seed=7)
 
 
 def lively(kind: str, seed: int = 0, **changes: Any) -> Any:
@@ -99,6 +101,29 @@ def test_the_step_over_a_fixed_cache_gives_the_tokens_of_transformers(kind: str)
         assert cut(decoder(batch), stops) == by_transformers(model, rows, stops)
 
 
+class Undisturbed(TorchDispatchMode):
+    """Fails on what makes the host wait for the device, which a captured graph cannot hold."""
+
+    waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.waits, func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_a_step_over_a_fixed_cache_never_waits_for_the_device(kind: str, sampling: Sampling) -> None:
+    model, rows = lively(kind, seed=4), prompts()
+    batch = batch_of(rows, [2], NEW)
+    decoder = StaticDecoder(Forward(model), Chooser(sampling, 1.2), batch)
+    decoder(batch_of(rows, [2], 3))
+    with torch.no_grad(), Undisturbed():
+        decoder.step()
+    with pytest.raises(AssertionError), Undisturbed():
+        bool(decoder.done_B.all())
+
+
 def test_layers_with_different_windows_get_masks_of_their_own() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     for kind in ("gemma2", "gemma3"):
@@ -134,7 +159,7 @@ def test_finished_rows_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = tokens(model, rows, stops)
     assert calls[0] == len(rows)
     assert len(calls) == max(map(len, answers))
-    # At no step are more rows computed than those unfinished, and a quarter of the batch that waits to be dropped.
+    # At no step are more rows computed than those unfinished, and the share of the batch that waits to be dropped.
     for step, computed in enumerate(calls[1:], 1):
         unfinished = sum(len(answer) > step for answer in answers)
         assert unfinished <= computed
@@ -144,9 +169,6 @@ def test_finished_rows_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     assert tokens(model, rows, stops) == answers
     assert sum(calls) == len(rows) * len(calls) > kept
-
-
-SAMPLED = Sampling(temperature=1.3, top_p=0.9, top_k=80, min_p=0.01, seed=7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
