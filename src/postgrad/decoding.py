@@ -202,11 +202,10 @@ def decode(forward: Forward, batch: Batch, choose: Chooser) -> torch.Tensor:
     cache = Cache(layers=[RoomyLayer(width + steps) if type(layer) is DynamicLayer else layer for layer in layers])
     ids_BL = torch.nn.functional.pad(batch.ids_BW, (0, steps), value=batch.pad)
     mask_RL = torch.nn.functional.pad(batch.mask_BW, (0, steps), value=1)
-    uniform_RS, stops_1S = (
-        batch.uniform_BS.to(device),
-        torch.tensor([list(batch.stops)], dtype=torch.int64, device=device),
-    )
-    row_R, done_R = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    stops_1S = torch.tensor([list(batch.stops)], dtype=torch.int64, device=device)
+    uniform_RS = batch.uniform_BS.to(device)
+    row_R = torch.arange(rows, device=device)  # where the rows that are left stood in the batch
+    done_R = torch.zeros_like(row_R, dtype=torch.bool)
     position_RT = (batch.mask_BW.cumsum(-1) - 1).clamp(min=0)
     input_RT = batch.ids_BW
     for step in range(steps):

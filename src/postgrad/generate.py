@@ -47,6 +47,10 @@ def generate(
 ) -> list[Answer]:
     """Answer prompts in batches of similar length.
 
+    A prompt's answer does not depend on the others, up to rounding: a greedy one is ``model.generate``'s, and a
+    sampled one is settled by the seed and the prompt's place in ``prompts``. (Where a model or a setting of its
+    generation_config leaves the work to transformers, the draws of a batch come from one stream.)
+
     Args:
         model: its mode and cache setting are restored afterwards.
         tokenizer: decodes the answers and pads the prompts (on the left).
