@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from postgrad.data.render import Renderer, RenderOptions
 from postgrad.model.load import context_length
 from postgrad.model.template import is_frozen
+from postgrad.sampling import Chooser, Sampling
 from postgrad.types import Answer
 
 if TYPE_CHECKING:
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768
+# Settings of a model's generation_config that name tokens, bound the length, or are set by the caller instead.
+SETTLED = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("_from_model_config", "transformers_version"),
+}
+# Settings that do nothing at 1; all others do nothing when they are empty, false or 0.
+NOTHING_AT_ONE = {
+    *("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "encoder_repetition_penalty"),
+    *("typical_p", "guidance_scale"),
+}
+CACHES = ("dynamic", "static", "hybrid", "sliding_window")  # kinds that change no token
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy, and then the rest has no effect."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
+log = logging.getLogger("postgrad")
 
 
 def generate(
@@ -42,6 +46,10 @@ def generate(
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answer prompts in batches of similar length.
+
+    A prompt's answer does not depend on the others, up to rounding: a greedy one is ``model.generate``'s, and a
+    sampled one is settled by the seed and the prompt's place in ``prompts``. (Where a model or a setting of its
+    generation_config leaves the work to transformers, the draws of a batch come from one stream.)
 
     Args:
         model: its mode and cache setting are restored afterwards.
@@ -62,14 +70,9 @@ def generate(
     answers: list[Answer | None] = [None] * len(prompts)
     done = 0
     try:
-        for group in _groups(prompts, max_new_tokens, context_length(model, tokenizer)):
-            for index, answer in zip(
-                group,
-                _generate_group(
-                    model, tokenizer, [prompts[i] for i in group], stop_ids, max_new_tokens, sampling or Sampling()
-                ),
-                strict=True,
-            ):
+        session = _Session(model, tokenizer, stop_ids, max_new_tokens, sampling or Sampling())
+        for group in _groups(prompts, max_new_tokens, session.context):
+            for index, answer in zip(group, session.answer([prompts[i] for i in group], group), strict=True):
                 answers[index] = answer
             done += len(group)
             if on_progress is not None:
@@ -126,50 +129,100 @@ def _groups(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int)
     return groups
 
 
-@torch.no_grad()
-def _generate_group(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> list[Answer]:
-    width = max(len(prompt) for prompt in prompts)
-    room = context_length(model, tokenizer) - width
-    if room < 1:  # the prompt alone fills the model's context
-        return [Answer("", [], "length", None, len(prompt)) for prompt in prompts]
-    pad = tokenizer.pad_token_id
-    ids_BT = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
-    if sampling.temperature > 0:
-        torch.manual_seed(sampling.seed)
-        options = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or None,
-        }
-    generate_tokens: Any = model.generate
-    out_BT = generate_tokens(
-        input_ids=ids_BT.to(model.device),
-        attention_mask=mask_BT.to(model.device),
-        max_new_tokens=min(max_new_tokens, room),
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad,
-        use_cache=True,
-        **options,
+class _Session:
+    """One call of :func:`generate`: what is the same for all of its groups.
+
+    A way of decoding that turns out not to be for the model is not tried again for the groups after.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> None:
+        from postgrad.decoding import Forward
+        from postgrad.graph_decoding import GraphPool
+
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_ids, self.max_new_tokens, self.sampling = list(stop_ids), max_new_tokens, sampling
+        self.context = context_length(model, tokenizer)
+        self.forward = Forward(model)
+        penalty = getattr(model.generation_config, "repetition_penalty", None)
+        self.choose = Chooser(sampling, penalty or 1.0)
+        self.graphs = GraphPool(self.forward, self.choose)
+        self.plain = _needs_transformers(model.generation_config) or max_new_tokens < 1
+
+    def answer(self, prompts: list[Sequence[int]], rows: list[int]) -> list[Answer]:
+        """Answer one group; ``rows`` are the prompts' places in the caller's list."""
+        width = max(len(prompt) for prompt in prompts)
+        room = self.context - width
+        if room < 1:  # the prompt alone fills the model's context
+            return [Answer("", [], "length", None, len(prompt)) for prompt in prompts]
+        ids_BW = torch.full((len(prompts), width), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask_BW = torch.zeros_like(ids_BW)
+        for row, prompt in enumerate(prompts):
+            ids_BW[row, width - len(prompt) :] = torch.as_tensor(prompt)
+            mask_BW[row, width - len(prompt) :] = 1
+        device = self.model.device
+        out_BT = self._decode(ids_BW.to(device), mask_BW.to(device), rows, min(self.max_new_tokens, room))
+        stops = set(self.stop_ids)
+        return [
+            _answer(self.tokenizer, row, stops, len(prompt))
+            for row, prompt in zip(out_BT.tolist(), prompts, strict=True)
+        ]
+
+    def _decode(self, ids_BW: torch.Tensor, mask_BW: torch.Tensor, rows: list[int], steps: int) -> torch.Tensor:
+        from postgrad.decoding import Batch, UnsupportedModel, decode
+
+        if not self.plain:
+            draws_BS = self.choose.draws(rows, steps)
+            batch = Batch(ids_BW, mask_BW, draws_BS, self.stop_ids, self.tokenizer.pad_token_id)
+            try:
+                out_BT = self.graphs(batch)
+                return decode(self.forward, batch, self.choose) if out_BT is None else out_BT
+            except UnsupportedModel as error:
+                log.warning("generation by transformers, which is slower: %s", error)
+                self.plain = True
+        return self._by_transformers(ids_BW, mask_BW, steps)
+
+    @torch.no_grad()
+    def _by_transformers(self, ids_BW: torch.Tensor, mask_BW: torch.Tensor, steps: int) -> torch.Tensor:
+        """Let transformers decode. Its draws come from one stream for the whole batch."""
+        sampling = self.sampling
+        options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+        if sampling.temperature > 0:
+            torch.manual_seed(sampling.seed)
+            options = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p or None,
+            }
+        generate_tokens: Any = self.model.generate
+        out_BT: torch.Tensor = generate_tokens(
+            input_ids=ids_BW,
+            attention_mask=mask_BW,
+            max_new_tokens=steps,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **options,
+        )
+        return out_BT[:, ids_BW.shape[1] :]
+
+
+def _needs_transformers(settings: Any) -> bool:
+    """Whether a model's generation_config asks for something that only ``model.generate`` does."""
+    wanted = settings.to_diff_dict()
+    if wanted.pop("cache_implementation", None) not in (None, *CACHES):
+        return True
+    return any(
+        value and name not in SETTLED and not (value == 1 and name in NOTHING_AT_ONE) for name, value in wanted.items()
     )
-    stops = set(stop_ids)
-    return [
-        _answer(tokenizer, row[width:], stops, len(prompt))
-        for row, prompt in zip(out_BT.tolist(), prompts, strict=True)
-    ]
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, generated: list[int], stops: set[int], prompt_tokens: int) -> Answer:
