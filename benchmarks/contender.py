@@ -67,14 +67,14 @@ def _measure(outcome: dict[str, Any], peer: Any, workload: Workload, repeats: in
             timing: Timing = peer(model, tokenizer, documents, workload, Path(folder))
         outcome["repeats"].append(repeat_figures(timing, cost, peak_gib(), _peak_flops()))
         if number == 0:
-            outcome["warmup_seconds"] = warmup_seconds(timing.step_seconds)
+            outcome["warmup_seconds"] = warmup_seconds(timing.step_seconds, timing.step_tokens)
             outcome["settings"] = timing.extra
         _print(outcome)
         del model
 
 
 def _clean_up() -> None:
-    """Leave nothing of the last repeat. Compiled code goes too: kept, it would count against torch's recompile limit."""
+    """Leave nothing of the last repeat; compiled code would count against torch's recompile limit."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()

@@ -68,7 +68,7 @@ def chat_documents(count: int, tokenizer: Any, seed: int = 0) -> list[Document]:
     supply = cycle(chats)
     made = []
     for _ in range(count):
-        length = min(1500, max(60, rng.lognormvariate(5.95, 0.6)))
+        length = min(1500, max(60, rng.lognormvariate(6.1, 0.6)))
         document: Document = {"input_ids": [], "labels": []}
         messages: list[dict[str, str]] = []
         while len(document["input_ids"]) < length:
@@ -88,9 +88,7 @@ def _demo_chats() -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in lines]
 
 
-def _append_turn(
-    document: Document, messages: list[dict[str, str]], message: dict[str, str], tokenizer: Any
-) -> None:
+def _append_turn(document: Document, messages: list[dict[str, str]], message: dict[str, str], tokenizer: Any) -> None:
     """Add what a message adds to the rendered chat; an answer is trained on, its header is not."""
     answers = message["role"] == "assistant"
     if answers:

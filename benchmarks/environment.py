@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 PEERS = ("trl", "liger-kernel", "accelerate")
-MACHINE = ("cpu", "cores", "gpu", "torch", "transformers", "trl")
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f")
+MACHINE = ("cpu", "cores", "threads", "instructions", "gpu", "torch", "transformers", "trl")
 
 
 def main() -> int:
@@ -21,7 +22,8 @@ def main() -> int:
     from postgrad.environment import describe
 
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts.update({name: _version(name) for name in PEERS}, threads=os.environ.get("OMP_NUM_THREADS"))
+    facts.update({name: _version(name) for name in PEERS})
+    facts.update(threads=torch.get_num_threads(), instructions=[flag for flag in INSTRUCTIONS if has_flag(flag)])
     print(json.dumps(facts))
     return 0
 
@@ -46,10 +48,8 @@ def forget_peak() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):  # then the process's peak is that of its whole life
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the process's peak is that of its whole life
 
 
 def peak_gib() -> float:

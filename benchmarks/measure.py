@@ -60,13 +60,15 @@ def repeat_figures(timing: Timing, flops_per_token: float, peak_gib: float, peak
     }
 
 
-def warmup_seconds(step_seconds: Sequence[float]) -> float:
-    """What the first quarter of the steps took beyond as many steps at the later pace.
+def warmup_seconds(step_seconds: Sequence[float], step_tokens: Sequence[int]) -> float:
+    """What the first quarter of the steps took beyond its tokens at the later pace.
 
-    That is the cost paid once: compilation, building kernels, first allocations.
+    That is the cost paid once: compilation, building kernels, first allocations. Tokens and not steps, because
+    steps of different length would otherwise pass for a cost or a gain.
     """
     warm = warm_steps(len(step_seconds))
-    return sum(step_seconds[:warm]) - warm * statistics.median(step_seconds[warm:])
+    pace = sum(step_seconds[warm:]) / sum(step_tokens[warm:])
+    return sum(step_seconds[:warm]) - pace * sum(step_tokens[:warm])
 
 
 def summarize(repeats: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

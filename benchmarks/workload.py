@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 STEP_TOKENS = 16_384
@@ -83,41 +82,23 @@ def _h100() -> list[Workload]:
 
 
 def _scaling() -> list[Workload]:
-    """Postgrad alone, a few steps a point, along three axes."""
-    alone = ("postgrad",)
+    """postgrad alone, a few steps a point, along three axes."""
     points = []
     for length in (128, 512, 2048, 8192):
         count = STEP_TOKENS // length
-        name = f"Qwen3-0.6B shape, documents of {length} tokens"
-        points.append(
-            Workload(
-                name,
-                "qwen3-0.6b",
-                count * SCALING_STEPS,
-                count,
-                1,
-                alone,
-                document_tokens=length,
-                axis="tokens a document",
-                at=length,
-            )
-        )
+        point = _point("qwen3-0.6b", count, "tokens a document", length)
+        points.append(replace(point, name=f"Scaling, documents of {length} tokens", document_tokens=length))
     for count in (1, 4, 16, 64):
-        name = f"Qwen3-0.6B shape, documents a step: {count}"
-        points.append(
-            Workload(
-                name, "qwen3-0.6b", count * SCALING_STEPS, count, 1, alone, axis="documents a step", at=float(count)
-            )
-        )
-    count = math.floor(STEP_TOKENS / MEAN_DOCUMENT)
-    for model, (title, size) in SIZES.items():
-        name = f"{title} shape, size"
-        points.append(
-            Workload(
-                name, model, count * SCALING_STEPS, count, 1, alone, axis="parameters of the model (billions)", at=size
-            )
-        )
+        point = _point("qwen3-0.6b", count, "documents a step", count)
+        points.append(replace(point, name=f"Scaling, {count} document{'s' if count > 1 else ''} a step"))
+    for model, (title, billions) in SIZES.items():
+        point = _point(model, STEP_TOKENS // MEAN_DOCUMENT, "parameters (billions)", billions)
+        points.append(replace(point, name=f"Scaling, {title} shape"))
     return points
+
+
+def _point(model: str, documents: int, axis: str, at: float) -> Workload:
+    return Workload("", model, documents * SCALING_STEPS, documents, 1, ("postgrad",), axis=axis, at=float(at))
 
 
 SUITES: dict[str, list[Workload]] = {

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from postgrad import SFTConfig, SFTTrainer
-
 from benchmarks.documents import Document
 from benchmarks.peers.timing import Timing
 from benchmarks.workload import Workload
+from postgrad import SFTConfig, SFTTrainer
 
 
 def run(

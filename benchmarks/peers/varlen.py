@@ -29,7 +29,7 @@ def _parameters() -> frozenset[str]:
 
 
 def _causal_options() -> dict[str, Any]:
-    """The signature changed between torch versions: causality is a flag or a window, grouped heads implicit or a flag."""
+    # The signature changed between torch versions: causality is a flag or a window, grouped heads implicit or a flag.
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _parameters() else {"is_causal": True}
     return {**causal, "enable_gqa": True} if "enable_gqa" in _parameters() else causal
 
