@@ -24,7 +24,8 @@ STYLE = {
     "ytick.color": INK,
 }
 WIDTH = 8.4
-BAR, GAP = 0.34, 0.95  # inches: of a bar with its gap, of what a panel has besides
+BAR, GAP = 0.34, 0.55  # inches: of a bar with its gap, of what a panel has besides
+HEAD = 0.75  # inches of the headline and the machine under it
 LABEL = 1.9  # inches kept free on the left for names
 
 
@@ -47,16 +48,14 @@ def _bars(record: Record) -> Figure:
 
     results = record["results"]
     heights = [len(result["contenders"]) * BAR + GAP for result in results]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.45), facecolor="white")
-    total = sum(heights) + 0.45
-    _headline(figure, f"Tokens per second on {machine(record['environment'])}", total)
-    top = total - 0.45
+    total = HEAD + sum(heights)
+    figure = Figure(figsize=(WIDTH, total), facecolor="white")
+    _headline(figure, "Tokens per second", record, total)
+    bottom = total - HEAD
     for result, height in zip(results, heights, strict=True):
-        bottom = top - height + 0.25
-        size = len(result["contenders"]) * BAR
-        axes = figure.add_axes((LABEL / WIDTH, bottom / total, 1 - (LABEL + 0.2) / WIDTH, size / total))
-        _panel(axes, result)
-        top -= height
+        bottom -= height
+        size = (height - GAP) / total
+        _panel(figure.add_axes((LABEL / WIDTH, (bottom + 0.2) / total, 1 - (LABEL + 0.2) / WIDTH, size)), result)
     return figure
 
 
@@ -81,17 +80,21 @@ def _panel(axes: Axes, result: Record) -> None:
 
 def _curves(record: Record, points: list[Record]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     names = list(dict.fromkeys(point["workload"]["axis"] for point in points))
-    figure = Figure(figsize=(WIDTH, 5.2), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.93), h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr]
-    _headline(figure, f"postgrad on {machine(record['environment'])}", 5.2)
+    height = 5.4
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - HEAD / height), h_pad=0.08, w_pad=0.08)
+    figure = Figure(figsize=(WIDTH, height), facecolor="white", layout=layout)
+    _headline(figure, "Speed and memory of postgrad as the work grows", record, height)
     grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
     for column, name in enumerate(names):
         chosen = [point for point in points if point["workload"]["axis"] == name]
         for row, (key, scale) in enumerate((("tokens_per_second", 1e-3), ("peak_gib", 1.0))):
             _curve(grid[row][column], chosen, key, scale)
         grid[1][column].set_xlabel(name)
+    for row in grid:
+        row[0].set_ylim(0, max(axes.dataLim.y1 for axes in row) * 1.1)
     grid[0][0].set_ylabel("thousand tokens/s")
     grid[1][0].set_ylabel("peak GiB")
     return figure
@@ -109,8 +112,7 @@ def _curve(axes: Axes, points: list[Record], key: str, scale: float) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{at:g}" for at in places])
     axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.12)
     axes.grid(axis="y", color="#e7e9ec", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -118,8 +120,11 @@ def _curve(axes: Axes, points: list[Record], key: str, scale: float) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _headline(figure: Figure, text: str, height: float) -> None:
-    figure.text(0.2 / WIDTH, 1 - 0.28 / height, text, fontsize=12, fontweight="bold", va="center", color=INK)
+def _headline(figure: Figure, text: str, record: Record, height: float) -> None:
+    left = 0.2 / WIDTH
+    figure.text(left, 1 - 0.25 / height, text, fontsize=12, fontweight="bold", va="center")
+    place = textwrap.shorten(machine(record["environment"]), 100, placeholder=" …")
+    figure.text(left, 1 - 0.52 / height, place, color=QUIET, va="center")
 
 
 def _short(error: Any) -> str:
