@@ -31,6 +31,7 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV)

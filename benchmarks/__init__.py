@@ -1,0 +1,1 @@
+"""Speed and memory of postgrad beside other trainers: see ``benchmarks.run`` and ``benchmarks.report``."""
