@@ -38,7 +38,7 @@ def _gradient(block, ADDRESSES, PARAMETER, START, SIZES, lane, DTYPE: tl.constex
     parameter = tl.load(PARAMETER + block)
     address = tl.load(ADDRESSES + parameter)
     offsets = tl.load(START + block) + lane
-    here = (offsets < tl.load(SIZES + parameter)) & (address != 0)
+    here = offsets < tl.where(address != 0, tl.load(SIZES + parameter), 0)
     pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
     return tl.load(pointer + offsets, mask=here, other=0.0).to(tl.float32), here
 
@@ -81,7 +81,7 @@ def _update_kernel(
     block, lane = tl.program_id(0), tl.arange(0, BLOCK)
     norm = tl.load(NORM)
     g, here = _gradient(block, ADDRESSES, PARAMETER, START, SIZES, lane, DTYPE)
-    here = here & (norm < float("inf"))  # false for NaN too: nothing is updated from it
+    here = here & (lane < tl.where(norm < float("inf"), BLOCK, 0))  # neither is NaN: nothing is updated from it
     if max_norm > 0:
         g = g * tl.minimum(1.0, max_norm / (norm + 1e-6))
     place = block.to(tl.int64) * BLOCK + lane
