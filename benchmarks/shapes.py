@@ -64,9 +64,10 @@ def build_model(name: str, device: str, seed: int = 0) -> Any:
     if name == DEMO:
         from postgrad.model.demo import demo_model_folder
 
-        return transformers.AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32).to(device)
+        demo: Any = transformers.AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32)
+        return demo.to(device)
     kind, shape = SHAPES[name]
-    special = {"eos_token_id": 1, "pad_token_id": 2, "bos_token_id": None, "tie_word_embeddings": True}
+    special: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 2, "bos_token_id": None, "tie_word_embeddings": True}
     torch.manual_seed(seed)
     with torch.device(device):
         if kind == "qwen3":

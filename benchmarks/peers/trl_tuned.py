@@ -23,7 +23,7 @@ def run(model: Any, tokenizer: Any, documents: list[Document], workload: Workloa
     if torch.cuda.is_available():
         changes["use_liger_kernel"] = True
     else:
-        products = torch.backends.mkldnn.matmul
+        products: Any = getattr(torch.backends.mkldnn, "matmul", None)
         if hasattr(products, "fp32_precision"):
             products.fp32_precision = "bf16"
             changes["bf16"] = False

@@ -49,7 +49,7 @@ def _attention(
     """Attend inside documents; tensors of shape (1, H, T, head size)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or max_length_q is None:
         raise RuntimeError("the collator did not hand over where documents start")
     # Under autocast some layers return float32, which the kernel does not take.
     q, k, v = (tensor[0].transpose(0, 1).to(torch.bfloat16) for tensor in (query, key, value))
