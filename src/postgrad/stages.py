@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError
 from postgrad.evaluate import Exam, as_rows, compare, sit
 from postgrad.model import packed as packed_model
-from postgrad.model.compiled import worth_compiling
+from postgrad.model.compiled import worth_compiling, worth_graphing
+from postgrad.model.graphed import can_be_graphed
 from postgrad.model.load import (
     DTYPES,
     LoadedModel,
@@ -266,7 +267,14 @@ def _engine(
         wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
     if wanted:
         packed, why = packed_model.try_compiled(packed, dtype)
-    return {**asdict(packed.choices), "compile_note": why}
+    graphed = (
+        packed.choices.tiles
+        and config.torch_compile is not False
+        and not config.gradient_checkpointing
+        and can_be_graphed(model)
+        and worth_graphing(model, int(tokens), passes, packed.choices.compiled)
+    )
+    return {**asdict(replace(packed.choices, graphed=graphed)), "compile_note": why}
 
 
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------

@@ -105,6 +105,24 @@ class Sample:
         return int((self.weights_T[1:] > 0).sum())
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a batch is padded to, where fixed shapes are needed.
+
+    Args:
+        tokens: T, the padding's document included.
+        trained: N.
+        documents: S.
+        tiles: entries of the attention's work list, with ``tile_rows`` tokens each.
+    """
+
+    tokens: int
+    trained: int
+    documents: int
+    tiles: int
+    tile_rows: int
+
+
 @dataclass(slots=True)
 class Batch:
     """Documents end to end in one dense row, without padding.
@@ -120,6 +138,8 @@ class Batch:
         sample_ids: for each document the index of its Sample in the list that was packed.
         document_N: int64, shape (N,): which document of this batch a trained token belongs to.
         tiles: the work list of the GPU's attention kernel, where that is used.
+        size: what the tensors were padded to: with a last document that is not in ``lengths``, and with trained rows
+            of weight 0.
     """
 
     ids_T: torch.Tensor
@@ -132,6 +152,7 @@ class Batch:
     sample_ids: list[int]
     document_N: torch.Tensor
     tiles: torch.Tensor | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)

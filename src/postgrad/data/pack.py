@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from postgrad.data.tiles import work_list
-from postgrad.types import Batch, Sample
+from postgrad.data.tiles import tile_count, work_list
+from postgrad.types import Batch, Sample, Size
 
 
 def split_balanced(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -47,7 +47,11 @@ def split_balanced(lengths: Sequence[int], token_budget: int) -> list[list[int]]
 
 
 def build_batch(
-    samples: Sequence[Sample], indices: Sequence[int], device: torch.device | str = "cpu", tile_rows: int | None = None
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    device: torch.device | str = "cpu",
+    tile_rows: int | None = None,
+    size: Size | None = None,
 ) -> Batch:
     """Put documents end to end. Targets are shifted here, once.
 
@@ -56,34 +60,62 @@ def build_batch(
         indices: which samples, in order.
         device: where the tensors go. To a GPU they are copied without waiting.
         tile_rows: makes the work list of the GPU's attention kernel, with tiles of so many tokens.
+        size: pads every tensor to it; see :class:`~postgrad.types.Batch`.
     """
+    on_gpu = torch.device(device).type == "cuda"
 
     def put(array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor
 
-    on_gpu = torch.device(device).type == "cuda"
     chosen = [samples[index] for index in indices]
     lengths = [len(sample) for sample in chosen]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    padded = [*lengths, size.tokens - sum(lengths)] if size else lengths
+    starts = np.concatenate([[0], np.cumsum(padded)])
     ids_T = np.concatenate([sample.ids_T for sample in chosen])
     weights_T = np.concatenate([sample.weights_T for sample in chosen])
-    weights_T[starts[:-1]] = 0  # nothing comes before a document's first token
+    weights_T[starts[: len(lengths)]] = 0  # nothing comes before a document's first token
     targets = np.flatnonzero(weights_T > 0)
-    document_T = np.repeat(np.arange(len(chosen)), lengths)
-    positions_T = np.arange(len(ids_T)) - np.repeat(starts[:-1], lengths)
+    tiles = work_list(padded, tile_rows) if tile_rows else None
+    trained = size.trained if size else len(targets)
     return Batch(
-        ids_T=put(ids_T),
-        positions_T=put(positions_T),
-        trained_N=put(targets - 1),
-        targets_N=put(ids_T[targets]),
-        weights_N=put(weights_T[targets]),
-        cu_seqlens=put(starts.astype(np.int32)),
+        ids_T=put(_filled(ids_T, starts[-1], 0)),
+        positions_T=put(np.arange(starts[-1]) - np.repeat(starts[:-1], padded)),
+        trained_N=put(_filled(targets - 1, trained, 0)),
+        targets_N=put(_filled(ids_T[targets], trained, 0)),
+        weights_N=put(_filled(weights_T[targets], trained, 0)),
+        cu_seqlens=put(_filled(starts, size.documents + 1 if size else len(starts), starts[-1]).astype(np.int32)),
         lengths=lengths,
         sample_ids=list(indices),
-        document_N=put(document_T[targets]),
-        tiles=put(work_list(lengths, tile_rows)) if tile_rows else None,
+        document_N=put(_filled(np.repeat(np.arange(len(chosen)), lengths)[targets], trained, 0)),
+        tiles=None if tiles is None else put(_filled(tiles, size.tiles if size else tiles.shape[1], 0, axis=1)),
+        size=size,
     )
+
+
+def _filled(array: np.ndarray, length: int, value: int, axis: int = 0) -> np.ndarray:
+    """The array, lengthened with a value."""
+    missing = [(0, 0)] * array.ndim
+    missing[axis] = (0, length - array.shape[axis])
+    return np.pad(array, missing, constant_values=value) if missing[axis][1] else array
+
+
+def needed(samples: Sequence[Sample], indices: Sequence[int], tile_rows: int) -> Size:
+    """What a batch of these samples takes without padding."""
+    chosen = [samples[index] for index in indices]
+    lengths = [len(sample) for sample in chosen]
+    trained = sum(sample.trained for sample in chosen)
+    return Size(sum(lengths), trained, len(chosen), tile_count(lengths, tile_rows), tile_rows)
+
+
+def fitting(sizes: Sequence[Size], need: Size) -> Size | None:
+    """The smallest of some sizes that a batch fits into, its padding included."""
+    for size in sorted(sizes, key=lambda size: size.tokens):
+        padding = size.tokens - need.tokens
+        tiles = need.tiles + tile_count([max(padding, 0)], need.tile_rows)
+        if padding > 0 and need.trained <= size.trained and need.documents < size.documents and tiles <= size.tiles:
+            return size
+    return None
 
 
 def pack(
@@ -93,6 +125,7 @@ def pack(
     packing: bool = True,
     device: torch.device | str = "cpu",
     tile_rows: int | None = None,
+    sizes: Sequence[Size] = (),
 ) -> Iterator[Batch]:
     """Cut samples into batches and build them one at a time.
 
@@ -102,8 +135,10 @@ def pack(
         packing: False puts every document into a batch of its own (models that leak across documents).
         device: where the tensors go.
         tile_rows: as in :func:`build_batch`.
+        sizes: batches that fit one of these are padded to it.
     """
     lengths = [len(sample) for sample in samples]
     groups = split_balanced(lengths, token_budget) if packing else [[index] for index in range(len(samples))]
     for group in groups:
-        yield build_batch(samples, group, device, tile_rows)
+        size = fitting(sizes, needed(samples, group, tile_rows)) if sizes and tile_rows else None
+        yield build_batch(samples, group, device, tile_rows, size)

@@ -12,7 +12,12 @@ import numpy as np
 
 def tile_rows(head_size: int) -> int:
     """Rows of one tile: as many as the registers of a thread block hold accumulators for."""
-    return 128 if head_size <= 128 else 64
+    return 64 if head_size <= 128 else 32
+
+
+def tile_count(lengths: Sequence[int], rows: int) -> int:
+    """Tiles of all documents together."""
+    return sum(-(-length // rows) for length in lengths)
 
 
 def work_list(lengths: Sequence[int], rows: int) -> np.ndarray:

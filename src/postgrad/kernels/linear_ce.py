@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}  # of one chunk of logits
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}  # of one chunk of logits
 
 
 def linear_cross_entropy(

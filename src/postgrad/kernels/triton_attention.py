@@ -113,7 +113,7 @@ def _forward_kernel(
     tl.store(LSE + (start + rows) * H + head, m_M + tl.log2(l_M), mask=rows < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _delta_kernel(
     OUT,
     GRAD,
@@ -269,10 +269,10 @@ def _shape(q_THD: torch.Tensor, k_THD: torch.Tensor, softcap: float) -> dict[str
 def _launch(q_THD: torch.Tensor, rows: int, backward: bool) -> dict[str, int]:
     """Columns of a block, warps and pipeline stages; measured on an H100, see docs/performance.md."""
     if q_THD.dtype == torch.float32:
-        return {"columns": 16, "num_warps": 4, "num_stages": 1}
+        return {"columns": 16 if q_THD.shape[-1] > 64 else 32, "num_warps": 4, "num_stages": 1}
     if q_THD.shape[-1] > 128:
-        return {"columns": 32, "num_warps": 8, "num_stages": 1}
-    return {"columns": 64, "num_warps": 8, "num_stages": 2 if backward else 3}
+        return {"columns": 32, "num_warps": 4, "num_stages": 1}
+    return {"columns": 64, "num_warps": 4, "num_stages": 2 if backward else 3}
 
 
 def _dense(tensor_THD: torch.Tensor) -> torch.Tensor:

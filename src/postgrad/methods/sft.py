@@ -15,8 +15,8 @@ def denominator(samples: Sequence[Sample]) -> float:
     return float(sum(float(sample.weights_T[1:].sum()) for sample in samples))
 
 
-def loss(packed: PackedModel, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """This batch's part of the step's loss.
+def gradient(packed: PackedModel, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """This batch's part of the step's loss, and its gradient in ``parameter.grad``.
 
     Args:
         packed: the model.
@@ -24,6 +24,6 @@ def loss(packed: PackedModel, batch: Batch, scale: float) -> tuple[torch.Tensor,
         scale: one over :func:`denominator` of the whole step.
 
     Returns:
-        Differentiable float32 scalar; per-token losses, float32, shape (N,).
+        Float32 scalar; per-token losses, float32, shape (N,).
     """
-    return packed.loss(batch, scale)
+    return packed.gradient(batch, scale)

@@ -23,6 +23,9 @@ EAGER_CPU_FLOPS = 1.5e11
 SAVED_SHARE = {"cuda": 0.55, "cpu": 0.08}
 COMPILE_SECONDS = {"cuda": 45.0, "cpu": 90.0}
 RECOMPILE_LIMIT = 64
+GRAPHED_GPU_FLOPS = 3.5e14
+HOST_SECONDS_PER_LAYER = 3.5e-3
+LEAST_GRAPHED_PASSES = 12
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -47,6 +50,7 @@ def compiled_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
         layer._compiled_call_impl = None
     try:
         if on:
+            _same_kernels_for_any_length()
             torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
             for layer in layers:
                 layer.compile(dynamic=True)
@@ -54,6 +58,14 @@ def compiled_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
     finally:
         for layer, implementation in zip(layers, before, strict=True):
             layer._compiled_call_impl = implementation
+
+
+def _same_kernels_for_any_length() -> None:
+    """Switch off a choice of inductor that compares the number of tokens with the width: it would compile twice."""
+    from torch._inductor import config
+
+    if hasattr(config.triton, "mix_order_reduction"):
+        config.triton.mix_order_reduction = False
 
 
 def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[bool, str]:
@@ -78,6 +90,19 @@ def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[b
     saved, cost = eager * SAVED_SHARE[kind], COMPILE_SECONDS[kind]
     verdict = "compiled" if saved > cost else "not compiled"
     return saved > cost, f"{verdict}: would save about {saved:,.0f} s and cost up to {cost:.0f} s"
+
+
+def worth_graphing(model: PreTrainedModel, tokens: int, passes: int, compiled: bool) -> bool:
+    """Whether passes are so small that a GPU would wait for the host, and so many that capturing them pays.
+
+    Args:
+        model, tokens, passes: as in :func:`worth_compiling`.
+        compiled: whether the layers are compiled.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = 6.0 * parameters * tokens / passes / (GRAPHED_GPU_FLOPS if compiled else EAGER_GPU_FLOPS)
+    host = HOST_SECONDS_PER_LAYER * len(decoder_layers(model))
+    return passes >= LEAST_GRAPHED_PASSES and device < host
 
 
 @contextmanager

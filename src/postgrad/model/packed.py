@@ -20,6 +20,7 @@ from postgrad.data.tiles import tile_rows
 from postgrad.kernels import attention as attention_kernel
 from postgrad.kernels.linear_ce import linear_cross_entropy
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
+from postgrad.model.graphed import GraphedPasses
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Choices:
         scale, softcap: of the logits, for the fused head.
         tiles: attention by our own kernel over a work list (CUDA).
         compiled: the layers are compiled in training.
+        graphed: passes are replayed as CUDA graphs in training.
         reason: why not the fast way, for people; empty otherwise.
     """
 
@@ -47,6 +49,7 @@ class Choices:
     softcap: float | None = None
     tiles: bool = False
     compiled: bool = False
+    graphed: bool = False
     reason: str = ""
 
 
@@ -60,6 +63,7 @@ class PackedModel:
 
     def __init__(self, model: PreTrainedModel, choices: Choices) -> None:
         self.model, self.choices = model, choices
+        self.graphs: GraphedPasses | None = None
 
     @contextmanager
     def attention(self, training: bool = False) -> Iterator[None]:
@@ -81,8 +85,23 @@ class PackedModel:
             token_budget,
             packing=self.choices.packing,
             device=self.model.device,
-            tile_rows=tile_rows(head_size(self.model)) if self.choices.tiles else None,
+            tile_rows=self.tile_rows,
+            sizes=list(self.graphs.graphs) if self.graphs else (),
         )
+
+    @property
+    def tile_rows(self) -> int | None:
+        """Tokens of a tile of the attention kernel's work list; None where that kernel is not used."""
+        return tile_rows(head_size(self.model)) if self.choices.tiles else None
+
+    def gradient(self, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward: what :meth:`loss` returns, detached, and gradients in ``parameter.grad``."""
+        replayed = self.graphs.run(batch, scale) if self.graphs else None
+        if replayed is not None:
+            return replayed
+        loss, nll_N = self.loss(batch, scale)
+        loss.backward()
+        return loss.detach(), nll_N
 
     def loss(self, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum of the trained tokens' losses times ``scale``; call inside :meth:`attention`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Job:
         self.by_example = [groups[example] for example in sorted(groups)]
         self.feed = Feed(self.packed)
 
+    def steps(self, order: DataOrder, first: int) -> Iterator[list[Sample]]:
+        """The Samples of every step that is left."""
+        return (self.samples_of(order, step) for step in range(first, order.total_steps))
+
     def samples_of(self, order: DataOrder, step: int) -> list[Sample]:
         """The Samples of a step, in order."""
         return [sample for example in order.step(step) for sample in self.by_example[example]]
@@ -110,11 +114,13 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
             job.packed.attention(training=True),
             job.display.training(order.total_steps, state.step),
         ):
+            job.feed.capture(optimizer.parameters, job.steps(order, state.step), state.token_budget)
             _steps(job, state, optimizer, order, stop)
         if config.load_best_model_at_end and state.best_step not in (None, state.step):
             optimizer.load_state(checkpoint.read(job.checkpoints / f"step-{state.best_step}")[2])
             job.display.note(f"the weights of step {state.best_step} are kept (best {_metric_name(config)})")
     finally:
+        job.packed.graphs = None
         optimizer.restore_dtype(dtypes)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -202,10 +208,9 @@ def _gradient(job: Job, step: int, samples: list[Sample], optimizer: MasterOptim
     batches = job.feed.take(step, samples, token_budget)
     passes = []
     for number, batch in enumerate(batches, 1):
-        loss, nll_N = sft.loss(job.packed, batch, scale)
-        loss.backward()
+        loss, nll_N = sft.gradient(job.packed, batch, scale)
         optimizer.accumulate(more=number < len(batches))
-        passes.append((loss.detach(), batch, nll_N))
+        passes.append((loss, batch, nll_N))
     return passes
 
 
