@@ -74,9 +74,7 @@ def _measure(outcome: dict[str, Any], peer: Any, workload: Workload, repeats: in
 
 
 def _clean_up() -> None:
-    """Leave nothing of the last repeat; compiled code would count against torch's recompile limit."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    """Leave nothing of the last repeat but compiled code."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -105,6 +105,19 @@ SUITES: dict[str, list[Workload]] = {
     "cpu": _cpu(),
     "h100": _h100(),
     "scaling": _scaling(),
+    "cpu-shape": [
+        Workload("SmolLM2-135M shape, tutorial settings, 2 cores", "smollm2-135m", 16, 1, 8, CPU),
+        Workload(
+            "SmolLM2-135M shape, tutorial settings, 2 cores, AMX switched off",
+            "smollm2-135m",
+            16,
+            1,
+            8,
+            CPU,
+            environment={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+            needs="amx_bf16",
+        ),
+    ],
     "smoke": [
         Workload("Tiny model, one step", "tiny", 4, 1, 4, ("postgrad", "trl", "transformers"), document_tokens=24)
     ],

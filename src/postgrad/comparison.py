@@ -13,10 +13,11 @@ from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, Item, as_rows, compare, sit
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, context_length, weights_sha256
+from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
 from postgrad.model.template import is_frozen
 from postgrad.runs import Run
-from postgrad.stages import CPU_TOKEN_BUDGET, Data, freeze_template, load, load_data, make_exam, make_renderer
+from postgrad.stages import Data, freeze_template, load, load_data, make_exam, make_renderer
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ def _sit(
     exam = _exam(config, loaded, data, started_as)
     packed = PackedModel(loaded.model, packed_model.choose(loaded.model))
     with display.asking(when) as progress:
-        items = sit(exam, packed, config.token_budget or CPU_TOKEN_BUDGET, progress)
+        items = sit(exam, packed, config.token_budget or LEAST_TOKENS, progress)
     prompts = {str(example.source): exam.renderer.prompt_ids(example) for example in exam.examples}
     return items, weights_sha256(loaded.model), prompts
 

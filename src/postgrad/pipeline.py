@@ -15,6 +15,7 @@ from typing import Any
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
+from postgrad.engine import choose
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model, write_card
@@ -26,7 +27,6 @@ from postgrad.stages import (
     Data,
     ask,
     check,
-    choose,
     conclude,
     fit,
     freeze_template,

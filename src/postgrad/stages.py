@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +22,16 @@ from postgrad.data.split import split_heldout
 from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError
 from postgrad.evaluate import Exam, as_rows, compare, sit
-from postgrad.model import packed as packed_model
-from postgrad.model.compiled import worth_compiling, worth_graphing
-from postgrad.model.graphed import can_be_graphed
 from postgrad.model.load import (
     DTYPES,
     LoadedModel,
     context_length,
     describe,
-    fast_bf16,
     load_model,
     load_tokenizer,
     weights_sha256,
 )
-from postgrad.model.packed import Choices, PackedModel
+from postgrad.model.packed import PackedModel
 from postgrad.model.save import model_card
 from postgrad.model.template import Chat, freeze_variables
 from postgrad.recording import write_config
@@ -47,10 +43,7 @@ from postgrad.train.order import DataOrder
 from postgrad.types import Conversation, Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CPU_TOKEN_BUDGET = 4096
-GPU_TOKEN_BUDGET = 16_384
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)
@@ -227,56 +220,6 @@ def check(
     return prepared, heldout
 
 
-def choose(
-    config: SFTConfig, loaded: LoadedModel, prepared: Prepared, run: Run, display: Display, resume_from: Path | None
-) -> tuple[PackedModel, dict[str, Any]]:
-    """Make the choices of the engine once, or take the recorded ones on resume: changing them changes bits."""
-    model = loaded.model
-    recorded_choices = run.read_json("environment.json", {}).get("choices") if resume_from else None
-    if recorded_choices is None:
-        bf16 = fast_bf16(model.device) if config.bf16 is None else config.bf16
-        budget = config.token_budget or (GPU_TOKEN_BUDGET if model.device.type == "cuda" else CPU_TOKEN_BUDGET)
-        recorded_choices = {
-            "device": str(model.device),
-            "compute_dtype": "bfloat16" if bf16 else "float32",
-            "token_budget": budget,
-            "threads": torch.get_num_threads(),
-            "attention": "packed, isolated by document",
-            **_engine(config, model, prepared, torch.bfloat16 if bf16 else torch.float32, budget),
-        }
-        if not recorded_choices["packing"]:
-            recorded_choices["attention"] = "the model's own, one document at a time"
-        run.update_environment(choices=recorded_choices)
-    torch.set_num_threads(recorded_choices["threads"])
-    display.choices(recorded_choices)
-    known = {item.name for item in fields(Choices)}
-    kept = {key: value for key, value in recorded_choices.items() if key in known}
-    return PackedModel(model, Choices(**kept)), recorded_choices
-
-
-def _engine(
-    config: SFTConfig, model: PreTrainedModel, prepared: Prepared, dtype: torch.dtype, token_budget: int
-) -> dict[str, Any]:
-    """How the model is computed: what the probes found right, and whether the run is long enough to compile."""
-    packed = PackedModel(model, packed_model.choose(model, dtype))
-    order = DataOrder(len(prepared.examples), config)
-    tokens = sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch
-    passes = max(order.total_steps, -(-int(tokens) // token_budget))
-    wanted, why = worth_compiling(model, int(tokens), passes)
-    if config.torch_compile is not None:
-        wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
-    if wanted:
-        packed, why = packed_model.try_compiled(packed, dtype)
-    graphed = (
-        packed.choices.tiles
-        and config.torch_compile is not False
-        and not config.gradient_checkpointing
-        and can_be_graphed(model)
-        and worth_graphing(model, int(tokens), passes, packed.choices.compiled)
-    )
-    return {**asdict(replace(packed.choices, graphed=graphed)), "compile_note": why}
-
-
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------
 
 
@@ -328,7 +271,7 @@ def fit(
         "model": run.read_json("environment.json")["model"]["sha256"],
         "template": loaded.tokenizer.chat_template,
         "choices": {
-            **{k: v for k, v in choices.items() if k not in ("reason", "compile_note")},
+            **{k: v for k, v in choices.items() if k not in ("reason", "compile_note", "memory")},
             "device": str(loaded.model.device),
         },
         "config": computed(config),

@@ -18,13 +18,14 @@ from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported
+from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
 from postgrad.model.save import save_model, write_card
 from postgrad.model.template import prepare_chat
 from postgrad.pipeline import Outcome, fine_tune
 from postgrad.recording import recorded
 from postgrad.runs import Run
-from postgrad.stages import CPU_TOKEN_BUDGET, Data, check, make_card, make_renderer
+from postgrad.stages import Data, check, make_card, make_renderer
 from postgrad.train import checkpoint
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class SFTTrainer:
         quiet = self.args.replace(eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=None)
         prepared, _ = check(quiet, self._loaded, data, renderer, None, self._display())
         packed = PackedModel(self.model, packed_model.choose(self.model))
-        totals = heldout_loss(packed, prepared.samples, self.args.token_budget or CPU_TOKEN_BUDGET) or {}
+        totals = heldout_loss(packed, prepared.samples, self.args.token_budget or LEAST_TOKENS) or {}
         loss, tokens = mean_loss(totals)
         seconds = time.perf_counter() - started
         found = {

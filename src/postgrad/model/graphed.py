@@ -17,7 +17,8 @@ from postgrad.types import Batch, Size
 if TYPE_CHECKING:
     from postgrad.model.packed import PackedModel
 
-MOST_SIZES = 4
+MOST_SIZES = 8
+PASSES_PER_SIZE = 5  # so that a short run does not capture more than it replays
 ROUND_TOKENS = 128
 INPUTS = ("ids_T", "positions_T", "trained_N", "targets_N", "weights_N", "cu_seqlens", "tiles")
 
@@ -31,7 +32,7 @@ def choose_sizes(needs: Iterable[Size]) -> list[Size]:
     ordered = sorted(needs, key=lambda size: size.tokens)
     if not ordered:
         return []
-    count = min(MOST_SIZES, len(ordered))
+    count = max(1, min(MOST_SIZES, len(ordered) // PASSES_PER_SIZE))
     parts = [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]
     return [_largest(part) for part in parts]
 

@@ -21,6 +21,7 @@ from postgrad.kernels import attention as attention_kernel
 from postgrad.kernels.linear_ce import linear_cross_entropy
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
+from postgrad.model.memory import MemoryPlan, plan
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -309,14 +310,28 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
 
-def _probe_gradient(packed: PackedModel) -> torch.Tensor:
-    """Loss and gradients of some weights on a small batch, in one vector."""
+def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: int) -> MemoryPlan:
+    """Predict what training takes; see :func:`postgrad.model.memory.plan`."""
+    model, training = packed.model, packed.model.training
+    model.train()
+    try:
+        with weights_in(model, dtype):
+            return plan(packed, _probe_batch(packed), dtype, moment_bytes)
+    finally:
+        model.train(training)
+
+
+def _probe_batch(packed: PackedModel) -> Batch:
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, embedding_rows(packed.model), (n,), generator=generator) for n in (37, 64, 11)]
+    return next(packed.batches(probe_samples(documents), 1024))
+
+
+def _probe_gradient(packed: PackedModel) -> torch.Tensor:
+    """Loss and gradients of some weights on a small batch, in one vector."""
     packed.model.zero_grad()
     with packed.attention(training=True):
-        batch = next(packed.batches(probe_samples(documents), 1024))
-        loss, _ = packed.loss(batch, 0.01)
+        loss, _ = packed.loss(_probe_batch(packed), 0.01)
         loss.backward()
     gradients = [p.grad for layer in decoder_layers(packed.model) for p in layer.parameters() if p.grad is not None]
     some = [gradient.flatten()[:1000].float() for gradient in gradients]
