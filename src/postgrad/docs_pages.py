@@ -40,6 +40,16 @@ DEFAULTS_THAT_DIFFER: dict[str, tuple[str, str, str]] = {
         "false",
         "It costs about a quarter of the speed. Switch it on when memory is short.",
     ),
+    "optim": (
+        "adamw_torch_fused",
+        "adamw_torch",
+        "Both names mean the same here: AdamW on fp32 masters, fused where the device has a kernel for it.",
+    ),
+    "torch_compile": (
+        "false",
+        "none: where the run is long enough",
+        "Compiling pays only in longer runs; the choice and its reason are recorded in environment.json.",
+    ),
     "max_length": (
         "1024",
         "none: the model's context",

@@ -38,10 +38,10 @@ def stopped(model_folder: Callable[..., str], tmp_path_factory: pytest.TempPathF
         os.chdir(folder)
         original = loop._gradient
 
-        def gradient(job: object, samples: object, optimizer: object, state: object) -> object:
-            if state.step == 2:  # type: ignore[attr-defined]
+        def gradient(job: object, step: int, *arguments: object) -> object:
+            if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(job, samples, optimizer, state)
+            return original(job, step, *arguments)
 
         loop._gradient = gradient
 

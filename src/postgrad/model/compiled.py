@@ -102,7 +102,7 @@ def worth_graphing(model: PreTrainedModel, tokens: int, passes: int, compiled: b
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = 6.0 * parameters * tokens / passes / (GRAPHED_GPU_FLOPS if compiled else EAGER_GPU_FLOPS)
     host = HOST_SECONDS_PER_LAYER * len(decoder_layers(model))
-    return passes >= LEAST_GRAPHED_PASSES and device < 2 * host
+    return passes >= LEAST_GRAPHED_PASSES and device < host
 
 
 @contextmanager

@@ -50,7 +50,10 @@ class Feed:
             samples, group = next(
                 pair for pair, need in zip(groups, needs, strict=True) if fitting([size], need) is not None
             )
-            graphs.capture(size, build_batch(samples, group, self.packed.model.device, rows, size))
+            try:
+                graphs.capture(size, build_batch(samples, group, self.packed.model.device, rows, size))
+            except RuntimeError:  # something in this model waits for the device: passes are then launched as usual
+                return
         self.packed.graphs = graphs
 
     def take(self, step: int, samples: Sequence[Sample], token_budget: int) -> list[Batch]:
