@@ -54,7 +54,7 @@ class Workload:
 
 CPU = ("postgrad", "trl", "trl-tuned", "transformers")
 TUTORIAL = ("postgrad-eager", "postgrad-compiled", "trl", "trl-nockpt")
-LARGE = ("postgrad", "trl-best")
+LARGE = ("postgrad-compiled", "trl-best")  # too few steps for postgrad to choose compiling by itself
 SIZES = {"qwen3-0.6b": ("Qwen3-0.6B", 0.6), "qwen3-1.7b": ("Qwen3-1.7B", 1.7), "qwen3-4b": ("Qwen3-4B", 4.0)}
 
 

@@ -50,6 +50,7 @@ class Batch:
 
     @property
     def steps(self) -> int:
+        """Tokens to generate at most."""
         return self.uniform_BS.shape[1]
 
 
@@ -73,6 +74,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values, and return all: (B, heads, length so far or L, head size) each."""
         if self._stores is None:
             self.lazy_initialization(key_states, value_states)
             # Zeros: what was never written is masked, but a weight of zero times a stray NaN would still be NaN.
@@ -92,6 +94,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
+        """Tokens written so far; refused once nothing on the host may change."""
         if self.slot_1 is not None:
             raise UnsupportedModel("the model asks for the length of the cache in every step")
         return int(super().get_seq_length())
@@ -103,6 +106,7 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = (store[:, :, :0] for store in self._stores)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
         length = self.get_seq_length()
         if self._stores is None or length == 0:
             return

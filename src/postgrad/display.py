@@ -68,7 +68,8 @@ class Display:
     def choices(self, choices: dict[str, Any]) -> None:
         """Show how it is computed."""
         if self.tables:
-            reason = f"; {choices['reason']}" if choices["reason"] else ""
+            reasons = [choices["reason"], choices.get("compile_note", "")]
+            reason = "".join(f"; {text}" for text in reasons if text)
             self.note(
                 f"engine {choices['device']}, {choices['compute_dtype']} over float32 masters, "
                 f"{choices['token_budget']:,} tokens a pass, {choices['threads']} threads{reason}"

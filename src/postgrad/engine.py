@@ -10,15 +10,19 @@ import torch
 
 from postgrad.checks.prepare import Prepared
 from postgrad.config import SFTConfig
+from postgrad.data.pack import split_balanced
 from postgrad.display import Display
+from postgrad.errors import ConfigError
+from postgrad.kernels import has_triton
 from postgrad.model import packed as packed_model
 from postgrad.model.compiled import worth_compiling, worth_graphing
 from postgrad.model.graphed import can_be_graphed
 from postgrad.model.load import DTYPES, LoadedModel, fast_bf16
-from postgrad.model.memory import LEAST_TOKENS, MemoryPlan
+from postgrad.model.memory import LEAST_TOKENS, MemoryPlan, free_bytes
 from postgrad.model.packed import Choices, PackedModel
 from postgrad.runs import Run
-from postgrad.train.order import DataOrder
+from postgrad.train.feed import STEPS_LOOKED_AT
+from postgrad.train.order import DataOrder, by_example
 
 
 def choose(
@@ -53,17 +57,23 @@ def _engine(
 ) -> dict[str, Any]:
     """What the probes found right, what fits into memory, and whether the run is long enough to compile."""
     model = loaded.model
+    if config.optim == "adamw_bf16" and not has_triton(model.device):
+        raise ConfigError("optim=adamw_bf16 needs a CUDA GPU", "leave it out: the moments are then float32")
     packed = PackedModel(model, packed_model.choose(model, dtype))
     order = DataOrder(len(prepared.examples), config)
     tokens = int(sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch)
     wanted, why = worth_compiling(model, tokens, order.total_steps)
     if config.torch_compile is not None:
         wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
-    if wanted:
-        packed, why = packed_model.try_compiled(packed, dtype)
-    memory = packed_model.plan_memory(packed, dtype, 2 if config.optim == "adamw_bf16" else 4)
-    budget = config.token_budget or memory.token_budget()
-    _tell_memory(config, memory, prepared, budget, display)
+    memory, budget = None, config.token_budget or LEAST_TOKENS
+    with packed_model.recomputing(model, config.gradient_checkpointing):
+        if wanted:
+            packed, why = packed_model.try_compiled(packed, dtype)
+        if model.device.type == "cuda":
+            moment_bytes = 2 if config.optim == "adamw_bf16" else 4
+            memory = packed_model.plan_memory(packed, dtype, moment_bytes, free_bytes(model))
+            budget = config.token_budget or memory.token_budget()
+            _tell_memory(config, memory, _largest_pass(prepared, order, budget), display)
     passes = max(order.total_steps, -(-tokens // budget))
     graphed = (
         packed.choices.tiles
@@ -76,19 +86,25 @@ def _engine(
         **asdict(replace(packed.choices, graphed=graphed)),
         "token_budget": budget,
         "compile_note": why,
-        "memory": {"fixed_bytes": memory.fixed_bytes, "bytes_per_token": round(memory.token_bytes)},
+        "memory": asdict(memory) if memory else None,
     }
 
 
-def _tell_memory(config: SFTConfig, memory: MemoryPlan, prepared: Prepared, budget: int, display: Display) -> None:
-    """Say the forecast, and warn where the longest document is not expected to fit."""
-    lengths = sorted((len(sample) for sample in prepared.samples), reverse=True)
-    largest = max(lengths[0], min(budget, sum(lengths[: config.examples_per_step])))
-    gib = memory.peak(largest) / 2**30
-    display.note(f"memory: about {gib:.1f} GiB at the peak, with {largest:,} tokens in a pass")
-    short = memory.free_bytes is not None and memory.peak(max(lengths[0], LEAST_TOKENS)) > memory.free_bytes
-    if short and not config.gradient_checkpointing:
-        display.note(
-            f"warning: memory: only {(memory.free_bytes or 0) / 2**30:.1f} GiB are free; "
-            "set gradient_checkpointing=true or optim=adamw_bf16"
-        )
+def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> int:
+    """Tokens of the largest pass in the first steps of a run."""
+    examples = by_example(prepared.samples)
+    largest = 0
+    for step in range(min(order.total_steps, STEPS_LOOKED_AT)):
+        documents = [len(sample) for example in order.step(step) for sample in examples[example]]
+        passes = split_balanced(documents, token_budget)
+        largest = max(largest, *(sum(documents[index] for index in group) for group in passes))
+    return largest
+
+
+def _tell_memory(config: SFTConfig, memory: MemoryPlan, largest: int, display: Display) -> None:
+    """Say the forecast, and warn where it does not fit."""
+    peak, free = memory.peak(largest) / 2**30, memory.free_bytes / 2**30
+    display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass")
+    if peak > free:
+        cures = "" if config.gradient_checkpointing else "set gradient_checkpointing=true, "
+        display.note(f"warning: memory: that will hardly fit: {cures}optim=adamw_bf16, or a smaller model")

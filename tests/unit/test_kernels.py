@@ -13,7 +13,7 @@ import tiny
 from postgrad.data.pack import build_batch, pack
 from postgrad.kernels import linear_ce
 from postgrad.kernels.attention import attention, attention_reference
-from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
+from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference, token_logprobs
 from postgrad.model.packed import PackedModel, choose
 from postgrad.types import Sample, Source
 
@@ -119,6 +119,28 @@ def test_linear_cross_entropy_in_float32_and_bf16() -> None:
         assert (fast.dtype, nll.dtype) == (torch.float32, torch.float32)
         assert fast.item() == pytest.approx(exact.item(), rel=tolerance)
         assert [g.dtype for g in torch.autograd.grad(fast, (hidden, weight))] == [dtype, dtype]
+
+
+@pytest.mark.parametrize(("scale", "softcap", "biased"), [(1.0, None, False), (0.3, None, True), (2.0, 3.0, False)])
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 100])
+def test_token_logprobs_with_any_upstream_gradient(
+    rows_per_chunk: int, scale: float, softcap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", 4 * 37 * rows_per_chunk)
+    generator = torch.Generator().manual_seed(8)
+    shapes = [(7, 5), (37, 5), *([(37,)] if biased else [])]
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    targets = torch.randint(0, 37, (7,), generator=generator)
+    upstream = torch.randn(7, generator=generator, dtype=torch.float64)
+    bias = leaves[2] if biased else None
+    logits = torch.nn.functional.linear(leaves[0], leaves[1], bias) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    found = token_logprobs(leaves[0], leaves[1], targets, scale=scale, softcap=softcap, bias_V=bias)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad((value * upstream).sum(), leaves) for value in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-11)
 
 
 def test_rows_of_weight_zero_have_no_gradient() -> None:

@@ -120,3 +120,46 @@ def test_adamw(max_norm: float) -> None:
             torch.testing.assert_close(view, parameter.detach(), rtol=1e-6, atol=1e-7)
     assert steps.tolist() == [3, 3, 3, 2]
     torch.testing.assert_close(copy.float(), master, rtol=2**-7, atol=0)
+
+
+def test_optimizer_on_the_kernels_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two added-up passes, then a single one; one weight never has a gradient, and must not even decay."""
+    from postgrad.train import optim
+
+    config = SFTConfig(weight_decay=0.1, max_grad_norm=0.5)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(optim, "has_triton", lambda device, fused=fused: fused)
+        generator = torch.Generator().manual_seed(5)
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(40, 30) for name in ("first", "second", "unused")})
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        unused = model["unused"].weight.detach().clone()
+        optimizer = optim.MasterOptimizer(model, config, torch.float32)
+        for passes in (2, 1):
+            for number in range(1, passes + 1):
+                for name, parameter in model.named_parameters():
+                    if not name.startswith("unused"):
+                        parameter.grad = torch.randn(parameter.shape, generator=generator)
+                optimizer.accumulate(more=number < passes)
+            optimizer.update(0.01, optimizer.grad_norm())
+        assert torch.equal(model["unused"].weight, unused)
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_moments_keep_on_average_what_bf16_would_round_away() -> None:
+    """A second moment near 1 that must fall by a thousandth a step, less than bf16 can express, 50 times over."""
+    from postgrad.kernels import triton_adamw
+
+    layout = Layout([torch.Size((64, 64))], [True], triton_adamw.BLOCK)
+    blocks = triton_adamw.Blocks(*layout.table(torch.device("cpu")), torch.tensor([64 * 64]), layout.decayed_blocks)
+    master, gradient = torch.zeros(layout.total), torch.zeros(64, 64)
+    moments = (torch.zeros(layout.total, dtype=torch.bfloat16), torch.ones(layout.total, dtype=torch.bfloat16))
+    addresses, steps = torch.tensor([gradient.data_ptr()]), torch.zeros(1, dtype=torch.float64)
+    for seed in range(50):
+        arguments = (master, moments, None, addresses, blocks, torch.float32, steps, torch.tensor(1.0))
+        options: dict[str, Any] = {"rate": 0.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0}
+        triton_adamw.update(*arguments, **options, max_norm=0.0, seed=seed)
+    assert float(moments[1].float().mean()) == pytest.approx(0.999**50, abs=2e-3)

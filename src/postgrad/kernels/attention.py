@@ -8,7 +8,6 @@ are not after it and, with a window, fewer than ``window`` tokens before it.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 from typing import Any
@@ -56,11 +55,6 @@ def attention(
         return _cuda_varlen(q_THD, k_THD, v_THD, cu_seqlens, longest, scale, window)
     out_THD, _ = _documents(q_THD, k_THD, v_THD, cu_seqlens, factor, window or 0, softcap or 0.0)
     return out_THD
-
-
-def has_tiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our own kernel can run on a device and in a dtype."""
-    return device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def attention_reference(
@@ -141,6 +135,7 @@ def _documents_backward(
     window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_THD = grad_THD.contiguous()  # a sum's gradient is one number, expanded
     tensors = (q_THD, k_THD, v_THD)
     dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
     for a, b in _bounds(cu_seqlens):

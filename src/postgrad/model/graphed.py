@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 MOST_SIZES = 8
 PASSES_PER_SIZE = 5  # so that a short run does not capture more than it replays
 ROUND_TOKENS = 128
+WARM_UP_PASSES = 2
 INPUTS = ("ids_T", "positions_T", "trained_N", "targets_N", "weights_N", "cu_seqlens", "tiles")
 
 
 def choose_sizes(needs: Iterable[Size]) -> list[Size]:
-    """Few sizes that every batch fits into: by quarters of the batches, ordered by tokens.
+    """Few sizes that every batch fits into: by equal parts of the batches, ordered by tokens.
 
     Args:
         needs: what each batch of the run takes, padding excluded.
@@ -67,7 +68,7 @@ class GraphedPasses:
 
     def __init__(self, packed: PackedModel, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.packed, self.parameters = packed, list(parameters)
-        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
         self.graphs: dict[Size, _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -78,20 +79,27 @@ class GraphedPasses:
             size: of the graph.
             batch: padded to that size; what is in it does not matter.
         """
-        self._pass(batch)  # compiles and loads what a capture must find ready
-        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles and loads what a capture must find ready
+            for _ in range(WARM_UP_PASSES):
+                self._pass(batch)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Autograd works in a thread of its own; what it asks of the driver must not end the capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss, nll_N = self._pass(batch)
         self.graphs[size] = _Graph(graph, batch, loss, nll_N)
 
     def _pass(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         loss, nll_N = self.packed.loss(batch, 1.0)
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        torch._foreach_copy_(
-            [kept for kept, new in zip(self.gradients, found, strict=True) if new is not None],
-            [new for new in found if new is not None],
-        )
+        for number, new in enumerate(found):
+            if new is not None and self.gradients[number] is None:
+                self.gradients[number] = torch.empty_like(self.parameters[number])
+        both = zip(self.gradients, found, strict=True)
+        pairs = [(kept, new) for kept, new in both if kept is not None and new is not None]
+        torch._foreach_copy_([kept for kept, _ in pairs], [new for _, new in pairs])
         return loss.detach(), nll_N
 
     def run(self, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from postgrad.data.pack import build_batch, pack
 from postgrad.data.tiles import tile_rows
 from postgrad.kernels import attention as attention_kernel
+from postgrad.kernels import has_triton
 from postgrad.kernels.linear_ce import linear_cross_entropy
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
@@ -156,6 +157,19 @@ def packed_attention(model: PreTrainedModel, packing: bool = True) -> Iterator[N
         model.set_attn_implementation(native)
 
 
+@contextmanager
+def recomputing(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass inside the block, where that is asked for."""
+    if not on:
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
 def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
     """Try packing and the fused head on the model itself, on a few tokens, and keep what is right.
 
@@ -198,7 +212,7 @@ def _probe(model: PreTrainedModel) -> Choices:
         return Choices(packing=False, head=head, scale=scale, softcap=softcap, reason=problem)
     chosen = Choices(packing=True, head=head, scale=scale, softcap=softcap, reason=reason)
     problem = "packed documents do not give what each gives alone: one by one instead"
-    for tiles in (True, False) if attention_kernel.has_tiles(device, model.dtype) else (False,):
+    for tiles in (True, False) if has_triton(device) and model.dtype != torch.float64 else (False,):
         try:
             together = _packed_logits(model, documents, tiles)
             if _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
@@ -301,7 +315,7 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
             with stopwatch(seconds):
                 found = _probe_gradient(compiled)
     except Exception as error:  # a compiler may fail in any way; eager goes on
-        return packed, f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return packed, f"not compiled: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     finally:
         model.train(training)
         model.zero_grad()
@@ -310,13 +324,13 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
 
-def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: int) -> MemoryPlan:
+def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: int, free: int) -> MemoryPlan:
     """Predict what training takes; see :func:`postgrad.model.memory.plan`."""
     model, training = packed.model, packed.model.training
     model.train()
     try:
         with weights_in(model, dtype):
-            return plan(packed, _probe_batch(packed), dtype, moment_bytes)
+            return plan(packed, _probe_batch(packed), dtype, moment_bytes, free)
     finally:
         model.train(training)
 

@@ -33,7 +33,7 @@ class Feed:
 
         Args:
             parameters: whose gradients are wanted.
-            steps: each step's Samples.
+            steps: each step's Samples, of the whole run: a resume must choose the same sizes.
             token_budget: most tokens of one pass.
         """
         rows = self.packed.tile_rows
@@ -50,10 +50,7 @@ class Feed:
             samples, group = next(
                 pair for pair, need in zip(groups, needs, strict=True) if fitting([size], need) is not None
             )
-            try:
-                graphs.capture(size, build_batch(samples, group, self.packed.model.device, rows, size))
-            except RuntimeError:  # something in this model waits for the device: passes are then launched as usual
-                return
+            graphs.capture(size, build_batch(samples, group, self.packed.model.device, rows, size))
         self.packed.graphs = graphs
 
     def take(self, step: int, samples: Sequence[Sample], token_budget: int) -> list[Batch]:

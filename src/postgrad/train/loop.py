@@ -22,13 +22,13 @@ from postgrad.display import Display
 from postgrad.errors import Interrupted, PostgradError, TrainingStopped
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.methods import sft
-from postgrad.model.packed import PackedModel
+from postgrad.model.packed import PackedModel, recomputing
 from postgrad.runs import Run
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.feed import Feed
 from postgrad.train.optim import MasterOptimizer, schedule
-from postgrad.train.order import DataOrder
+from postgrad.train.order import DataOrder, by_example
 from postgrad.train.signals import StopRequest
 from postgrad.types import Batch, Sample, StepResult
 
@@ -62,15 +62,12 @@ class Job:
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
-        groups: dict[int, list[Sample]] = {}
-        for sample in self.samples:
-            groups.setdefault(sample.example, []).append(sample)
-        self.by_example = [groups[example] for example in sorted(groups)]
+        self.by_example = by_example(self.samples)
         self.feed = Feed(self.packed)
 
-    def steps(self, order: DataOrder, first: int) -> Iterator[list[Sample]]:
-        """The Samples of every step that is left."""
-        return (self.samples_of(order, step) for step in range(first, order.total_steps))
+    def steps(self, order: DataOrder) -> Iterator[list[Sample]]:
+        """The Samples of every step of the run."""
+        return (self.samples_of(order, step) for step in range(order.total_steps))
 
     def samples_of(self, order: DataOrder, step: int) -> list[Sample]:
         """The Samples of a step, in order."""
@@ -106,15 +103,14 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
         optimizer.load_state(tensors)
         checkpoint.restore_random_state(tensors)
     model.train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         with (
             StopRequest() as stop,
+            recomputing(model, config.gradient_checkpointing),
             job.packed.attention(training=True),
             job.display.training(order.total_steps, state.step),
         ):
-            job.feed.capture(optimizer.parameters, job.steps(order, state.step), state.token_budget)
+            _capture(job, optimizer, order, state)
             _steps(job, state, optimizer, order, stop)
         if config.load_best_model_at_end and state.best_step not in (None, state.step):
             optimizer.load_state(checkpoint.read(job.checkpoints / f"step-{state.best_step}")[2])
@@ -122,10 +118,17 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
     finally:
         job.packed.graphs = None
         optimizer.restore_dtype(dtypes)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
         model.eval()
     return state
+
+
+def _capture(job: Job, optimizer: MasterOptimizer, order: DataOrder, state: LoopState) -> None:
+    """Capture the graphs that were chosen; without them, and said so, where that fails."""
+    try:
+        job.feed.capture(optimizer.parameters, job.steps(order), state.token_budget)
+    except RuntimeError as error:  # the model waits for the device somewhere, or the graphs take too much memory
+        job.run.event("not_graphed", error=str(error).partition("\n")[0])
+        job.display.note("passes are launched one by one: the model's could not be captured as CUDA graphs")
 
 
 def _steps(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
@@ -169,6 +172,7 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
         except torch.OutOfMemoryError:
             pass  # what the failed pass held is free once its traceback is gone, which is here
         optimizer.clear()
+        job.packed.graphs = None  # made for the larger budget; their memory helps
         torch.cuda.empty_cache()
         checkpoint.restore_random_state(random_state)
         _shrink_budget(job, state, max(len(sample) for sample in samples))

@@ -5,7 +5,6 @@ Compute weights may be bf16; the optimizer never is (an update of 1e-5 would van
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from postgrad.config import SFTConfig
-from postgrad.errors import ConfigError
+from postgrad.kernels import has_triton
 from postgrad.train.layout import Layout
 
 BLOCK = 1024  # elements a thread block of the GPU's kernel updates
@@ -47,16 +46,14 @@ class MasterOptimizer:
             parameter.data = parameter.data.to(compute_dtype)
         self._make_masters(compute_dtype)
         self.moments_rounded = config.optim == "adamw_bf16"
-        if self.moments_rounded and not _has_triton(self.device):
-            raise ConfigError("optim=adamw_bf16 needs a CUDA GPU", "leave it out: the moments are then float32")
         moments_dtype = torch.bfloat16 if self.moments_rounded else torch.float32
         self.flat_moments = (self._flat(moments_dtype), self._flat(moments_dtype))
         self.moments = [self.layout.views(flat) for flat in self.flat_moments]
         self.steps_P = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
         self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
         self.sums: torch.Tensor | None = None
-        self.summed = False
-        self.fused = _Fused(self.layout, self.device) if _has_triton(self.device) else None
+        self.summed = [False] * len(self.parameters)  # which parameters have a gradient in the sums
+        self.fused = _Fused(self.layout, self.device) if has_triton(self.device) else None
 
     def _flat(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(self.layout.total, dtype=dtype, device=self.device)
@@ -88,7 +85,7 @@ class MasterOptimizer:
         if any(gradient is not None for gradient in self.gradients):
             self._add_fused(self.gradients)
             self.gradients = [None] * len(self.parameters)
-        if more or self.summed:
+        if more or any(self.summed):
             self._add_fused(new)
         else:
             self.gradients = [None if gradient is None else _readable(gradient) for gradient in new]
@@ -107,12 +104,16 @@ class MasterOptimizer:
         assert self.fused is not None
         if self.sums is None:
             self.sums = torch.empty_like(self.flat_master)
-        self.fused.accumulate(self.sums, [None if g is None else _readable(g) for g in new], first=not self.summed)
-        self.summed = True
+        first = not any(self.summed)
+        self.fused.accumulate(self.sums, [None if g is None else _readable(g) for g in new], first=first)
+        self.summed = [known or g is not None for known, g in zip(self.summed, new, strict=True)]
 
     def _final(self) -> list[torch.Tensor | None]:
         """The step's gradients, wherever they are."""
-        return list(self.layout.views(self.sums)) if self.summed and self.sums is not None else self.gradients
+        if self.sums is None or not any(self.summed):
+            return self.gradients
+        views = self.layout.views(self.sums)
+        return [view if known else None for view, known in zip(views, self.summed, strict=True)]
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
@@ -179,7 +180,7 @@ class MasterOptimizer:
         for parameter in self.parameters:
             parameter.grad = None
         self.gradients = [None] * len(self.parameters)
-        self.summed = False
+        self.summed = [False] * len(self.parameters)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -276,10 +277,6 @@ def _readable(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.is_contiguous() and gradient.data_ptr() % 16 == 0:
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)
-
-
-def _has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def no_decay_names(model: torch.nn.Module) -> set[str]:

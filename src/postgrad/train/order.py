@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from postgrad.config import SFTConfig
 from postgrad.errors import ConfigError
+from postgrad.types import Sample
+
+
+def by_example(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples grouped by the example they belong to, in the order of the examples."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.example, []).append(sample)
+    return [groups[example] for example in sorted(groups)]
 
 
 class DataOrder:
