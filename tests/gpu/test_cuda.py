@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from postgrad.data.tiles import tile_rows, work_list
 from postgrad.kernels.attention import attention, attention_reference
 from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -20,19 +22,21 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "tiles"])
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("lengths", [[1, 7, 120, 33], [300], [1, 1, 1]])
 def test_attention_forward_and_gradient(
-    lengths: list[int], dtype: torch.dtype, bound: float, window: int | None
+    lengths: list[int], dtype: torch.dtype, bound: float, window: int | None, ours: bool
 ) -> None:
     torch.manual_seed(sum(lengths))
     total, device = sum(lengths), "cuda"
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     q, k, v = (torch.randn(total, heads, 64, device=device, dtype=dtype) for heads in (8, 2, 2))
     upstream = torch.randn(total, 8, 64, device=device, dtype=dtype)
+    tiles = torch.from_numpy(work_list(lengths, tile_rows(64))).to(device) if ours else None
     results = []
-    for function, cast in ((attention, dtype), (attention_reference, torch.float64)):
+    for function, cast in ((partial(attention, tiles=tiles), dtype), (attention_reference, torch.float64)):
         leaves = [tensor.detach().to(cast).requires_grad_() for tensor in (q, k, v)]
         out = function(*leaves, cu_seqlens, scale=0.2, window=window)
         out.backward(upstream.to(cast))
