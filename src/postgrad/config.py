@@ -64,7 +64,11 @@ class SFTConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW ε.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient to this L2 norm; 0 switches it off.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations: less memory, about a quarter slower. Default: only where a GPU's memory "
+        "is too small without.",
+    )
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bf16"] = Field(
         "adamw_torch", description="AdamW on fp32 masters; adamw_bf16 keeps its moments in bf16 (CUDA only)."
     )

@@ -37,8 +37,8 @@ DEFAULTS_THAT_DIFFER: dict[str, tuple[str, str, str]] = {
     ),
     "gradient_checkpointing": (
         "true",
-        "false",
-        "It costs about a quarter of the speed. Switch it on when memory is short.",
+        "none: only where a GPU's memory is too small without",
+        "It costs about a quarter of the speed.",
     ),
     "optim": (
         "adamw_torch_fused",

@@ -15,10 +15,10 @@ from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.kernels import has_triton
 from postgrad.model import packed as packed_model
-from postgrad.model.compiled import worth_compiling, worth_graphing
+from postgrad.model.compiled import repeated_layers, worth_compiling, worth_graphing
 from postgrad.model.graphed import can_be_graphed
 from postgrad.model.load import DTYPES, LoadedModel, fast_bf16
-from postgrad.model.memory import LEAST_TOKENS, MemoryPlan, free_bytes
+from postgrad.model.memory import LEAST_TOKENS, MemoryPlan, free_bytes, plan_memory
 from postgrad.model.packed import Choices, PackedModel
 from postgrad.runs import Run
 from postgrad.train.feed import STEPS_LOOKED_AT
@@ -66,19 +66,18 @@ def _engine(
     if config.torch_compile is not None:
         wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
     memory, budget = None, config.token_budget or LEAST_TOKENS
-    with packed_model.recomputing(model, config.gradient_checkpointing):
-        if wanted:
-            packed, why = packed_model.try_compiled(packed, dtype)
-        if model.device.type == "cuda":
-            moment_bytes = 2 if config.optim == "adamw_bf16" else 4
-            memory = packed_model.plan_memory(packed, dtype, moment_bytes, free_bytes(model))
-            budget = config.token_budget or memory.token_budget()
-            _tell_memory(config, memory, _largest_pass(prepared, order, budget), display)
+    packed = _recomputed(packed, bool(config.gradient_checkpointing))
+    if wanted:
+        packed, why = packed_model.try_compiled(packed, dtype)
+    if model.device.type == "cuda":
+        packed, memory = _fitting(config, packed, prepared, order, dtype)
+        budget = config.token_budget or memory.token_budget()
+        _tell_memory(packed, memory, _largest_pass(prepared, order, budget), display)
     passes = max(order.total_steps, -(-tokens // budget))
     graphed = (
         packed.choices.tiles
         and config.torch_compile is not False
-        and not config.gradient_checkpointing
+        and not packed.choices.recomputed
         and can_be_graphed(model)
         and worth_graphing(model, tokens, passes, packed.choices.compiled)
     )
@@ -88,6 +87,25 @@ def _engine(
         "compile_note": why,
         "memory": asdict(memory) if memory else None,
     }
+
+
+def _recomputed(packed: PackedModel, on: bool) -> PackedModel:
+    return PackedModel(packed.model, replace(packed.choices, recomputed=on))
+
+
+def _fitting(
+    config: SFTConfig, packed: PackedModel, prepared: Prepared, order: DataOrder, dtype: torch.dtype
+) -> tuple[PackedModel, MemoryPlan]:
+    """The memory plan; with recomputed activations where that was left open and too few tokens fit without."""
+    model = packed.model
+    moment_bytes = 2 if config.optim == "adamw_bf16" else 4
+    memory = plan_memory(packed, dtype, moment_bytes, free_bytes(model))
+    longest = max(len(sample) for sample in prepared.samples)
+    wanted = max(longest, min(config.token_budget or LEAST_TOKENS, _largest_pass(prepared, order, LEAST_TOKENS)))
+    if config.gradient_checkpointing is None and memory.room < wanted and repeated_layers(model):
+        packed = _recomputed(packed, True)
+        memory = plan_memory(packed, dtype, moment_bytes, free_bytes(model))
+    return packed, memory
 
 
 def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> int:
@@ -101,10 +119,11 @@ def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> in
     return largest
 
 
-def _tell_memory(config: SFTConfig, memory: MemoryPlan, largest: int, display: Display) -> None:
+def _tell_memory(packed: PackedModel, memory: MemoryPlan, largest: int, display: Display) -> None:
     """Say the forecast, and warn where it does not fit."""
     peak, free = memory.peak(largest) / 2**30, memory.free_bytes / 2**30
-    display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass")
+    how = ", activations recomputed" if packed.choices.recomputed else ""
+    display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass{how}")
     if peak > free:
-        cures = "" if config.gradient_checkpointing else "set gradient_checkpointing=true, "
+        cures = "" if packed.choices.recomputed else "set gradient_checkpointing=true, "
         display.note(f"warning: memory: that will hardly fit: {cures}optim=adamw_bf16, or a smaller model")

@@ -101,6 +101,35 @@ def test_bf16_follows_float32(tmp_path: Path) -> None:
     assert exact[-1] < exact[0]
 
 
+@pytest.mark.parametrize("short", [False, True], ids=["enough memory", "short of memory"])
+def test_activations_are_recomputed_only_where_memory_is_short(tmp_path: Path, short: bool) -> None:
+    from postgrad import SFTConfig, SFTTrainer
+
+    shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12, "head_dim": 128}
+    model = tiny.model("qwen3", max_position_embeddings=16_384, **shape).to("cuda")
+    rows = [{"input_ids": [5 + (i * n) % 500 for i in range(12_000)]} for n in range(1, 9)]
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    filler = torch.empty(free - 4 * 2**30 if short else 0, dtype=torch.uint8, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() - sum(p.numel() * p.element_size() for p in model.parameters())
+    options = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "bf16": True}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path / "run"), eval_strategy="no", save_strategy="no", **options),
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() - held
+    choices = json.loads((tmp_path / "run" / "environment.json").read_text())["choices"]
+    assert choices["recomputed"] is short
+    tokens = 24_000 if choices["token_budget"] >= 24_000 else 12_000
+    predicted = choices["memory"]["fixed_bytes"] + choices["memory"]["token_bytes"] * tokens
+    assert peak == pytest.approx(predicted, rel=0.1)
+    del filler
+
+
 def test_whole_line_with_resume(tmp_path: Path) -> None:
     from postgrad.cli.main import main
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def test_memory_grows_with_the_tokens(kind: str) -> None:
     assert plans[0].token_bytes == pytest.approx(plans[1].token_bytes, rel=0.1)
     halved = plan(packed, build_batch(documents(40, 40), [0, 1]), torch.float32, 2, 2**33)
     assert plans[0].fixed_bytes - halved.fixed_bytes == count * 4
+
+
+def test_recomputed_activations_need_less_memory_and_grow_with_the_tokens() -> None:
+    model = tiny.model("llama", num_hidden_layers=6).train()
+    kept = PackedModel(model, choose(model))
+    recomputed = PackedModel(model, replace(kept.choices, recomputed=True))
+    batches = [build_batch(documents(n, n), [0, 1]) for n in (40, 80)]
+    before = plan(kept, batches[0], torch.float32, 4, 2**33)
+    small, large = (plan(recomputed, batch, torch.float32, 4, 2**33) for batch in batches)
+    assert small.fixed_bytes == before.fixed_bytes
+    assert small.token_bytes == pytest.approx(large.token_bytes, rel=0.1)
+    one_input = 64 * 4
+    assert 6 * one_input < small.token_bytes < before.token_bytes / 2
+    assert small.room > before.room
 
 
 @pytest.mark.parametrize(("free", "expected"), [(2**30, LEAST_TOKENS), (2**34, 10_240), (2**40, MOST_TOKENS)])

@@ -30,13 +30,17 @@ HOST_SECONDS_PER_LAYER = 3.5e-3
 LEAST_GRAPHED_PASSES = 12
 
 
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The model's repeated layers, and its final norm where it has one."""
+def repeated_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model's decoder layers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    decoder = model.get_decoder()
-    layers: list[torch.nn.Module] = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-    norm = getattr(decoder, "norm", None)
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """What is compiled: the repeated layers, and the final norm where there is one."""
+    layers = repeated_layers(model)
+    norm = getattr(model.get_decoder(), "norm", None)
     return [*layers, norm] if layers and isinstance(norm, torch.nn.Module) else layers
 
 

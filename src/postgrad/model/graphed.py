@@ -117,6 +117,5 @@ class GraphedPasses:
 
 
 def can_be_graphed(model: torch.nn.Module) -> bool:
-    """Whether a pass does the same every time: no dropout, no recomputation that restores random state."""
-    dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    return not dropout and not getattr(model, "is_gradient_checkpointing", False)
+    """Whether a pass does the same every time: no dropout."""
+    return not any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())

@@ -6,18 +6,18 @@ computed, and grows with the tokens; the rest follows from the number of paramet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from postgrad.kernels.linear_ce import CHUNK_BYTES
+from postgrad.model.compiled import repeated_layers
+from postgrad.model.packed import PackedModel, probe_batch, weights_in
 from postgrad.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from postgrad.model.packed import PackedModel
 
 RESERVE = 0.08  # of the device's memory, for fragments and what other libraries take
 LEAST_TOKENS, MOST_TOKENS = 4096, 32_768
@@ -41,20 +41,35 @@ class MemoryPlan:
         """Predicted peak in bytes, with so many tokens in a pass."""
         return int(self.fixed_bytes + self.token_bytes * tokens)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a pass that fit; negative where not even the weights do."""
+        return int((self.free_bytes * (1 - RESERVE) - self.fixed_bytes) / self.token_bytes)
+
     def token_budget(self) -> int:
         """Most tokens of a pass that fit, between 4,096 and 32,768; the least also where memory looks too small."""
-        room = (self.free_bytes * (1 - RESERVE) - self.fixed_bytes) / self.token_bytes
-        return max(LEAST_TOKENS, min(MOST_TOKENS, int(room) // 1024 * 1024))
+        return max(LEAST_TOKENS, min(MOST_TOKENS, self.room // 1024 * 1024))
 
 
-def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: int, free: int) -> MemoryPlan:
+def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: float, free: int) -> MemoryPlan:
+    """Predict what training takes, on a small batch of random documents; see :func:`plan`."""
+    model, training = packed.model, packed.model.training
+    model.train()
+    try:
+        with weights_in(model, dtype):
+            return plan(packed, probe_batch(packed), dtype, moment_bytes, free)
+    finally:
+        model.train(training)
+
+
+def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: float, free: int) -> MemoryPlan:
     """Predict the peak of training.
 
     Args:
         packed: the model as it will be computed, its weights in the training dtype.
         batch: a small batch.
         dtype: of the weights in training.
-        moment_bytes: of each of AdamW's two moments, per parameter.
+        moment_bytes: of each of AdamW's two moments, for each parameter.
         free: bytes, from :func:`free_bytes`.
     """
     model = packed.model
@@ -66,8 +81,20 @@ def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: in
     if packed.choices.head == "fused":
         head = model.get_output_embeddings().weight
         fixed += head.numel() * (4 if head.requires_grad else 0) + CHUNK_BYTES[_kind(model)]
-    saved = _saved_bytes(packed, batch)
-    return MemoryPlan(fixed, saved / len(batch.ids_T), free)
+    saved = _recomputed_bytes(packed, batch) if packed.choices.recomputed else _saved_bytes(packed, batch)
+    return MemoryPlan(int(fixed), saved / len(batch.ids_T), free)
+
+
+def _recomputed_bytes(packed: PackedModel, batch: Batch) -> float:
+    """Bytes kept where layers are recomputed: each layer's input, what lies outside, and one layer at a time."""
+    model, layers = packed.model, len(repeated_layers(packed.model))
+    outside = _saved_bytes(packed, batch)
+    if not layers:
+        return outside
+    inside = _saved_bytes(PackedModel(model, replace(packed.choices, recomputed=False)), batch) - outside
+    width = next(model.parameters()).element_size()
+    inputs = layers * len(batch.ids_T) * model.config.get_text_config().hidden_size * width
+    return outside + inputs + inside / layers
 
 
 def _saved_bytes(packed: PackedModel, batch: Batch) -> int:

@@ -22,7 +22,6 @@ from postgrad.kernels import has_triton
 from postgrad.kernels.linear_ce import linear_cross_entropy
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
-from postgrad.model.memory import MemoryPlan, plan
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ class Choices:
         tiles: attention by our own kernel over a work list (CUDA).
         compiled: the layers are compiled in training.
         graphed: passes are replayed as CUDA graphs in training.
+        recomputed: activations are computed again in the backward pass instead of kept.
         reason: why not the fast way, for people; empty otherwise.
     """
 
@@ -52,6 +52,7 @@ class Choices:
     tiles: bool = False
     compiled: bool = False
     graphed: bool = False
+    recomputed: bool = False
     reason: str = ""
 
 
@@ -72,10 +73,11 @@ class PackedModel:
         """Use the packed attention inside the block, and the model's own after it.
 
         Args:
-            training: compiled layers too, where they were chosen; scoring is always eager.
+            training: compiled layers and recomputation too, where they were chosen; scoring is always eager.
         """
         with (
             compiled_layers(self.model, training and self.choices.compiled),
+            recomputing(self.model, training and self.choices.recomputed),
             packed_attention(self.model, self.choices.packing),
         ):
             yield
@@ -324,18 +326,8 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
 
-def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: int, free: int) -> MemoryPlan:
-    """Predict what training takes; see :func:`postgrad.model.memory.plan`."""
-    model, training = packed.model, packed.model.training
-    model.train()
-    try:
-        with weights_in(model, dtype):
-            return plan(packed, _probe_batch(packed), dtype, moment_bytes, free)
-    finally:
-        model.train(training)
-
-
-def _probe_batch(packed: PackedModel) -> Batch:
+def probe_batch(packed: PackedModel) -> Batch:
+    """A small batch of random documents, every token trained."""
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, embedding_rows(packed.model), (n,), generator=generator) for n in (37, 64, 11)]
     return next(packed.batches(probe_samples(documents), 1024))
@@ -345,7 +337,7 @@ def _probe_gradient(packed: PackedModel) -> torch.Tensor:
     """Loss and gradients of some weights on a small batch, in one vector."""
     packed.model.zero_grad()
     with packed.attention(training=True):
-        loss, _ = packed.loss(_probe_batch(packed), 0.01)
+        loss, _ = packed.loss(probe_batch(packed), 0.01)
         loss.backward()
     gradients = [p.grad for layer in decoder_layers(packed.model) for p in layer.parameters() if p.grad is not None]
     some = [gradient.flatten()[:1000].float() for gradient in gradients]

@@ -22,7 +22,7 @@ from postgrad.display import Display
 from postgrad.errors import Interrupted, PostgradError, TrainingStopped
 from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.methods import sft
-from postgrad.model.packed import PackedModel, recomputing
+from postgrad.model.packed import PackedModel
 from postgrad.runs import Run
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
@@ -106,7 +106,6 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
     try:
         with (
             StopRequest() as stop,
-            recomputing(model, config.gradient_checkpointing),
             job.packed.attention(training=True),
             job.display.training(order.total_steps, state.step),
         ):
