@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,8 @@ def _engine(
     if wanted:
         packed, why = packed_model.try_compiled(packed, dtype)
     if model.device.type == "cuda":
-        packed, memory = _fitting(config, packed, prepared, order, dtype)
-        budget = config.token_budget or memory.token_budget()
-        _tell_memory(packed, memory, _largest_pass(prepared, order, budget), display)
+        packed, memory, budget = _fitting(config, packed, prepared, order, dtype)
+        _tell_memory(packed, memory, prepared, order, budget, display)
     passes = max(order.total_steps, -(-tokens // budget))
     graphed = (
         packed.choices.tiles
@@ -95,17 +95,17 @@ def _recomputed(packed: PackedModel, on: bool) -> PackedModel:
 
 def _fitting(
     config: SFTConfig, packed: PackedModel, prepared: Prepared, order: DataOrder, dtype: torch.dtype
-) -> tuple[PackedModel, MemoryPlan]:
-    """The memory plan; with recomputed activations where that was left open and too few tokens fit without."""
-    model = packed.model
+) -> tuple[PackedModel, MemoryPlan, int]:
+    """The memory plan and the tokens of a pass; activations are recomputed where too few tokens fit without."""
     moment_bytes = 2 if config.optim == "adamw_bf16" else 4
-    memory = plan_memory(packed, dtype, moment_bytes, free_bytes(model))
+    free, step = free_bytes(packed.model), _largest_pass(prepared, order, sys.maxsize)
+    memory = plan_memory(packed, dtype, moment_bytes, free)
     longest = max(len(sample) for sample in prepared.samples)
-    wanted = max(longest, min(config.token_budget or LEAST_TOKENS, _largest_pass(prepared, order, LEAST_TOKENS)))
-    if config.gradient_checkpointing is None and memory.room < wanted and repeated_layers(model):
+    wanted = max(longest, min(config.token_budget or LEAST_TOKENS, step))
+    if config.gradient_checkpointing is None and memory.room(step) < wanted and repeated_layers(packed.model):
         packed = _recomputed(packed, True)
-        memory = plan_memory(packed, dtype, moment_bytes, free_bytes(model))
-    return packed, memory
+        memory = plan_memory(packed, dtype, moment_bytes, free)
+    return packed, memory, config.token_budget or memory.token_budget(step)
 
 
 def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> int:
@@ -119,9 +119,13 @@ def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> in
     return largest
 
 
-def _tell_memory(packed: PackedModel, memory: MemoryPlan, largest: int, display: Display) -> None:
+def _tell_memory(
+    packed: PackedModel, memory: MemoryPlan, prepared: Prepared, order: DataOrder, budget: int, display: Display
+) -> None:
     """Say the forecast, and warn where it does not fit."""
-    peak, free = memory.peak(largest) / 2**30, memory.free_bytes / 2**30
+    largest = _largest_pass(prepared, order, budget)
+    several = largest < _largest_pass(prepared, order, sys.maxsize)
+    peak, free = memory.peak(largest, several) / 2**30, memory.free_bytes / 2**30
     how = ", activations recomputed" if packed.choices.recomputed else ""
     display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass{how}")
     if peak > free:

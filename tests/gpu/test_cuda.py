@@ -14,6 +14,7 @@ import tiny
 from postgrad.data.tiles import tile_rows, work_list
 from postgrad.kernels.attention import attention, attention_reference
 from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
+from postgrad.model.memory import MemoryPlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -124,8 +125,8 @@ def test_activations_are_recomputed_only_where_memory_is_short(tmp_path: Path, s
     peak = torch.cuda.max_memory_allocated() - held
     choices = json.loads((tmp_path / "run" / "environment.json").read_text())["choices"]
     assert choices["recomputed"] is short
-    tokens = 24_000 if choices["token_budget"] >= 24_000 else 12_000
-    predicted = choices["memory"]["fixed_bytes"] + choices["memory"]["token_bytes"] * tokens
+    whole = choices["token_budget"] >= 24_000
+    predicted = MemoryPlan(**choices["memory"]).peak(24_000 if whole else 12_000, several=not whole)
     assert peak == pytest.approx(predicted, rel=0.1)
     del filler
 

@@ -47,17 +47,40 @@ def test_recomputed_activations_need_less_memory_and_grow_with_the_tokens() -> N
     small, large = (plan(recomputed, batch, torch.float32, 4, 2**33) for batch in batches)
     assert small.fixed_bytes == before.fixed_bytes
     assert small.token_bytes == pytest.approx(large.token_bytes, rel=0.1)
-    one_input = 64 * 4
-    assert 6 * one_input < small.token_bytes < before.token_bytes / 2
-    assert small.room > before.room
+    assert small.layer_bytes == pytest.approx(large.layer_bytes, rel=0.1)
+    inputs = 6 * 64 * 4
+    assert inputs < small.token_bytes < before.token_bytes / 2
+    assert small.peak(1000, several=False) < before.peak(1000, several=False)
+    assert small.room(1000) > before.room(1000)
+
+
+def memory_plan(**figures: float) -> MemoryPlan:
+    common = {"token_bytes": 2**20, "layer_bytes": 0.0, "logits_bytes": 0, "chunk_bytes": 0}
+    return MemoryPlan(**{**common, **figures})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("free", "expected"), [(2**30, LEAST_TOKENS), (2**34, 10_240), (2**40, MOST_TOKENS)])
 def test_token_budget_is_what_fits(free: int, expected: int) -> None:
-    found = MemoryPlan(fixed_bytes=4 * 2**30, token_bytes=2**20, free_bytes=free)
-    assert found.token_budget() == expected
+    found = memory_plan(fixed_bytes=2 * 2**30, sums_bytes=2 * 2**30, free_bytes=free)
+    assert found.token_budget(largest_step=10**6) == expected
     if free == 2**34:
-        assert found.peak(expected) <= 0.92 * free < found.peak(expected + 1024)
+        assert found.peak(expected, several=True) <= 0.92 * free < found.peak(expected + 1024, several=True)
+
+
+def test_a_chunk_of_logits_and_a_layer_computed_again_are_never_held_together() -> None:
+    found = memory_plan(
+        fixed_bytes=0, sums_bytes=0, free_bytes=2**40, layer_bytes=1000.0, logits_bytes=3000, chunk_bytes=10**6
+    )
+    for tokens, passing in ((100, 300_000), (500, 10**6), (2000, 2 * 10**6)):
+        assert found.peak(tokens, several=False) == tokens * 2**20 + passing
+
+
+def test_a_step_that_fits_into_one_pass_needs_no_sums() -> None:
+    found = memory_plan(fixed_bytes=4 * 2**30, sums_bytes=4 * 2**30, free_bytes=2**34)
+    assert found.token_budget(largest_step=10_000) == 10_240
+    assert found.token_budget(largest_step=10_900) == 10_900
+    assert found.peak(10_900, several=False) <= 0.92 * 2**34
+    assert found.token_budget(largest_step=12_000) == 6144
 
 
 @pytest.mark.parametrize("rows", [16, 64])

@@ -175,6 +175,8 @@ class _Sums:
             return
         if self.weight_VD.dtype == narrow.dtype:
             self.weight_VD.addmm_(narrow.T, hidden_ND[part])
+        elif narrow.is_cuda:  # the product is added in float32 without being written in between
+            torch.addmm(self.weight_VD, narrow.T, hidden_ND[part], out_dtype=self.weight_VD.dtype, out=self.weight_VD)
         else:
             self.weight_VD += narrow.T @ hidden_ND[part]
 

@@ -266,13 +266,13 @@ def _shape(q_THD: torch.Tensor, k_THD: torch.Tensor, softcap: float) -> dict[str
     }
 
 
-def _launch(q_THD: torch.Tensor, rows: int, backward: bool) -> dict[str, int]:
+def _launch(q_THD: torch.Tensor, kernel: str) -> dict[str, int]:
     """Columns of a block, warps and pipeline stages; measured on an H100, see docs/performance.md."""
     if q_THD.dtype == torch.float32:
         return {"columns": 16 if q_THD.shape[-1] > 64 else 32, "num_warps": 4, "num_stages": 1}
     if q_THD.shape[-1] > 128:
         return {"columns": 32, "num_warps": 4, "num_stages": 1}
-    return {"columns": 64, "num_warps": 4, "num_stages": 2 if backward else 3}
+    return {"columns": 64, "num_warps": 4, "num_stages": 3 if kernel == "forward" else 2}
 
 
 def _dense(tensor_THD: torch.Tensor) -> torch.Tensor:
@@ -288,7 +288,7 @@ def _packed(
     out_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_TH = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     rows = tile_rows(q.shape[-1])
-    launch = _launch(q, rows, backward=False)
+    launch = _launch(q, "forward")
     _forward_kernel[(tiles.shape[1], q.shape[1])](
         q, k, v, out_THD, lse_TH, tiles[0], q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale, softcap, window, **_shape(q, k, softcap), BM=rows, BN=launch.pop("columns"), **launch,
@@ -310,15 +310,15 @@ def _packed_backward(
         out_THD, grad, delta_TH, total, grad.stride(0), grad.stride(1), H=heads, D=shape["D"], BD=shape["BD"], BM=64
     )
     rows = tile_rows(q.shape[-1])
-    launch = _launch(q, rows, backward=True)
-    columns = launch.pop("columns")
     strides = [part for tensor in (q, k, v, grad) for part in tensor.stride()[:2]]
+    launch = _launch(q, "keys")
     _keys_kernel[(tiles.shape[1], k.shape[1])](
-        q, k, v, grad, lse_TH, delta_TH, dk, dv, tiles[1], *strides, scale, softcap, window, **shape, BM=columns, BN=rows,
+        q, k, v, grad, lse_TH, delta_TH, dk, dv, tiles[1], *strides, scale, softcap, window, **shape, BM=launch.pop("columns"), BN=rows,
         **launch,
     )  # fmt: skip
+    launch = _launch(q, "queries")
     _queries_kernel[(tiles.shape[1], heads)](
-        q, k, v, grad, lse_TH, delta_TH, dq, tiles[0], *strides, scale, softcap, window, **shape, BM=rows, BN=columns,
+        q, k, v, grad, lse_TH, delta_TH, dq, tiles[0], *strides, scale, softcap, window, **shape, BM=rows, BN=launch.pop("columns"),
         **launch,
     )  # fmt: skip
     return dq, dk, dv
