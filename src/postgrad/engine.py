@@ -57,8 +57,8 @@ def _engine(
 ) -> dict[str, Any]:
     """What the probes found right, what fits into memory, and whether the run is long enough to compile."""
     model = loaded.model
-    if config.optim == "adamw_bf16" and not has_triton(model.device):
-        raise ConfigError("optim=adamw_bf16 needs a CUDA GPU", "leave it out: the moments are then float32")
+    if config.moments_rounded and not has_triton(model.device):
+        raise ConfigError(f"optim={config.optim} needs a CUDA GPU", "leave it out: the moments are then float32")
     packed = PackedModel(model, packed_model.choose(model, dtype))
     order = DataOrder(len(prepared.examples), config)
     tokens = int(sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch)
@@ -70,8 +70,7 @@ def _engine(
         if wanted:
             packed, why = packed_model.try_compiled(packed, dtype)
         if model.device.type == "cuda":
-            moment_bytes = 2 if config.optim == "adamw_bf16" else 4
-            memory = packed_model.plan_memory(packed, dtype, moment_bytes, free_bytes(model))
+            memory = packed_model.plan_memory(packed, dtype, config.moment_bytes, free_bytes(model))
             budget = config.token_budget or memory.token_budget()
             _tell_memory(config, memory, _largest_pass(prepared, order, budget), display)
     passes = max(order.total_steps, -(-tokens // budget))
@@ -106,5 +105,6 @@ def _tell_memory(config: SFTConfig, memory: MemoryPlan, largest: int, display: D
     peak, free = memory.peak(largest) / 2**30, memory.free_bytes / 2**30
     display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass")
     if peak > free:
-        cures = "" if config.gradient_checkpointing else "set gradient_checkpointing=true, "
-        display.note(f"warning: memory: that will hardly fit: {cures}optim=adamw_bf16, or a smaller model")
+        cures = [] if config.gradient_checkpointing else ["set gradient_checkpointing=true"]
+        cures += [] if config.optim == "adamw_8bit" else ["set optim=adamw_8bit"]
+        display.note(f"warning: memory: that will hardly fit: {', '.join([*cures, 'or take a smaller model'])}")

@@ -47,7 +47,7 @@ class MemoryPlan:
         return max(LEAST_TOKENS, min(MOST_TOKENS, int(room) // 1024 * 1024))
 
 
-def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: int, free: int) -> MemoryPlan:
+def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: float, free: int) -> MemoryPlan:
     """Predict the peak of training.
 
     Args:
@@ -62,7 +62,7 @@ def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: in
     weights = sum(parameter.numel() for parameter in model.parameters())
     width = torch.empty((), dtype=dtype).element_size()
     copies = 0 if dtype == torch.float32 else width
-    fixed = trained * (4 + 2 * moment_bytes + copies + width) + (weights - trained) * width
+    fixed = int(trained * (4 + 2 * moment_bytes + copies + width)) + (weights - trained) * width
     if packed.choices.head == "fused":
         head = model.get_output_embeddings().weight
         fixed += head.numel() * (4 if head.requires_grad else 0) + CHUNK_BYTES[_kind(model)]

@@ -324,7 +324,7 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
 
-def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: int, free: int) -> MemoryPlan:
+def plan_memory(packed: PackedModel, dtype: torch.dtype, moment_bytes: float, free: int) -> MemoryPlan:
     """Predict what training takes; see :func:`postgrad.model.memory.plan`."""
     model, training = packed.model, packed.model.training
     model.train()
