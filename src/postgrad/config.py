@@ -69,8 +69,9 @@ class SFTConfig(BaseModel):
         description="Recompute activations: less memory, about a quarter slower. Default: only where a GPU's memory "
         "is too small without.",
     )
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bf16"] = Field(
-        "adamw_torch", description="AdamW on fp32 masters; adamw_bf16 keeps its moments in bf16 (CUDA only)."
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bf16", "adamw_8bit"] = Field(
+        "adamw_torch",
+        description="AdamW on fp32 masters; adamw_bf16 keeps its moments in bf16, adamw_8bit in 8 bits (CUDA only).",
     )
     torch_compile: bool | None = Field(None, description="Compile the layers; default: where the run is long enough.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of everything random.")
@@ -152,6 +153,16 @@ class SFTConfig(BaseModel):
     def examples_per_step(self) -> int:
         """Examples one optimizer step sees on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def moments_rounded(self) -> bool:
+        """Whether AdamW's moments are kept in less than float32, rounded by chance."""
+        return self.optim in ("adamw_bf16", "adamw_8bit")
+
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of each of AdamW's two moments, per parameter; 256 codes of 8 bits share a float32 scale."""
+        return {"adamw_bf16": 2, "adamw_8bit": 1 + 4 / 256}.get(self.optim, 4)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes`` applied and everything validated again."""

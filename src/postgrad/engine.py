@@ -58,8 +58,8 @@ def _engine(
 ) -> dict[str, Any]:
     """What the probes found right, what fits into memory, and whether the run is long enough to compile."""
     model = loaded.model
-    if config.optim == "adamw_bf16" and not has_triton(model.device):
-        raise ConfigError("optim=adamw_bf16 needs a CUDA GPU", "leave it out: the moments are then float32")
+    if config.moments_rounded and not has_triton(model.device):
+        raise ConfigError(f"optim={config.optim} needs a CUDA GPU", "leave it out: the moments are then float32")
     packed = PackedModel(model, packed_model.choose(model, dtype))
     order = DataOrder(len(prepared.examples), config)
     tokens = int(sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch)
@@ -72,7 +72,8 @@ def _engine(
         packed, why = packed_model.try_compiled(packed, dtype)
     if model.device.type == "cuda":
         packed, memory, budget = _fitting(config, packed, prepared, order, dtype)
-        _tell_memory(packed, memory, prepared, order, budget, display)
+        sizes = _largest_pass(prepared, order, budget), _largest_pass(prepared, order, sys.maxsize)
+        _tell_memory(config, packed, memory, sizes, display)
     passes = max(order.total_steps, -(-tokens // budget))
     graphed = (
         packed.choices.tiles
@@ -97,14 +98,13 @@ def _fitting(
     config: SFTConfig, packed: PackedModel, prepared: Prepared, order: DataOrder, dtype: torch.dtype
 ) -> tuple[PackedModel, MemoryPlan, int]:
     """The memory plan and the tokens of a pass; activations are recomputed where too few tokens fit without."""
-    moment_bytes = 2 if config.optim == "adamw_bf16" else 4
     free, step = free_bytes(packed.model), _largest_pass(prepared, order, sys.maxsize)
-    memory = plan_memory(packed, dtype, moment_bytes, free)
+    memory = plan_memory(packed, dtype, config.moment_bytes, free)
     longest = max(len(sample) for sample in prepared.samples)
     wanted = max(longest, min(config.token_budget or LEAST_TOKENS, step))
     if config.gradient_checkpointing is None and memory.room(step) < wanted and repeated_layers(packed.model):
         packed = _recomputed(packed, True)
-        memory = plan_memory(packed, dtype, moment_bytes, free)
+        memory = plan_memory(packed, dtype, config.moment_bytes, free)
     return packed, memory, config.token_budget or memory.token_budget(step)
 
 
@@ -120,14 +120,14 @@ def _largest_pass(prepared: Prepared, order: DataOrder, token_budget: int) -> in
 
 
 def _tell_memory(
-    packed: PackedModel, memory: MemoryPlan, prepared: Prepared, order: DataOrder, budget: int, display: Display
+    config: SFTConfig, packed: PackedModel, memory: MemoryPlan, sizes: tuple[int, int], display: Display
 ) -> None:
-    """Say the forecast, and warn where it does not fit."""
-    largest = _largest_pass(prepared, order, budget)
-    several = largest < _largest_pass(prepared, order, sys.maxsize)
-    peak, free = memory.peak(largest, several) / 2**30, memory.free_bytes / 2**30
+    """Say the forecast for the largest pass and the largest step (``sizes``), and warn where it does not fit."""
+    largest, step = sizes
+    peak, free = memory.peak(largest, several=largest < step) / 2**30, memory.free_bytes / 2**30
     how = ", activations recomputed" if packed.choices.recomputed else ""
     display.note(f"memory: about {peak:.1f} of {free:.1f} GiB at the peak, with {largest:,} tokens in a pass{how}")
     if peak > free:
-        cures = "" if packed.choices.recomputed else "set gradient_checkpointing=true, "
-        display.note(f"warning: memory: that will hardly fit: {cures}optim=adamw_bf16, or a smaller model")
+        cures = [] if packed.choices.recomputed else ["set gradient_checkpointing=true"]
+        cures += [] if config.optim == "adamw_8bit" else ["set optim=adamw_8bit"]
+        display.note(f"warning: memory: that will hardly fit: {', '.join([*cures, 'or take a smaller model'])}")

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import tiny
+from postgrad.config import SFTConfig
 from postgrad.data.tiles import tile_rows, work_list
 from postgrad.kernels.attention import attention, attention_reference
 from postgrad.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
 from postgrad.model.memory import MemoryPlan
+from postgrad.train.optim import MasterOptimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -129,6 +131,61 @@ def test_activations_are_recomputed_only_where_memory_is_short(tmp_path: Path, s
     predicted = MemoryPlan(**choices["memory"]).peak(24_000 if whole else 12_000, several=not whole)
     assert peak == pytest.approx(predicted, rel=0.1)
     del filler
+
+
+@pytest.mark.parametrize("optim", ["adamw_bf16", "adamw_8bit"])
+def test_rounded_moments_follow_float32(tmp_path: Path, optim: str) -> None:
+    rows = tiny.chats(64)
+    exact, _ = _train(tmp_path / "a", rows, bf16=False, save_strategy="no")
+    rounded, _ = _train(tmp_path / "b", rows, bf16=False, save_strategy="no", optim=optim)
+    assert rounded == pytest.approx(exact, rel=2e-2)
+    assert rounded != exact
+
+
+def _optimizer(optim: str) -> MasterOptimizer:
+    return MasterOptimizer(tiny.model("qwen3").to("cuda"), SFTConfig(optim=optim, max_grad_norm=0.0), torch.bfloat16)
+
+
+def _update(optimizer: MasterOptimizer, steps: int) -> None:
+    """Steps on gradients that follow from torch's random state on the CPU, as the rounding does."""
+    for _ in range(steps):
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.randn(parameter.shape).pow(3).to(parameter.device, parameter.dtype)
+        optimizer.accumulate()
+        optimizer.update(1e-3, optimizer.grad_norm())
+
+
+@pytest.mark.parametrize("optim", ["adamw_bf16", "adamw_8bit"])
+def test_rounded_moments_go_on_bit_for_bit(optim: str) -> None:
+    optimizer, other = _optimizer(optim), _optimizer(optim)
+    torch.manual_seed(0)
+    _update(optimizer, 3)
+    other.load_state({name: tensor.cpu() for name, tensor in optimizer.state().items()})
+    random = torch.get_rng_state()
+    for one in (optimizer, other):
+        torch.set_rng_state(random)
+        _update(one, 3)
+    expected = other.state()
+    for name, tensor in optimizer.state().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_8bit_moments_are_the_codes_next_to_float32() -> None:
+    states = []
+    for optim in ("adamw_torch", "adamw_8bit"):
+        optimizer = _optimizer(optim)
+        torch.manual_seed(0)
+        _update(optimizer, 1)
+        states.append(optimizer.state())
+    exact, coded = states
+    for name in optimizer.names:
+        for moment, top in (("exp_avg", 127), ("exp_avg_sq", 255)):
+            scale = coded[f"{moment}_scale.{name}"].repeat_interleave(256)[: exact[f"{moment}.{name}"].numel()]
+            codes = (coded[f"{moment}.{name}"].flatten().int() & top).float()
+            expected = (exact[f"{moment}.{name}"].flatten().abs() / scale.clamp(min=1e-38)) ** 0.25 * top
+            assert (codes - expected).abs().max() < 1.001, name
+            assert codes[expected > 0].min() >= (1 if top == 255 else 0), name
+        torch.testing.assert_close(coded[f"master.{name}"], exact[f"master.{name}"], rtol=1e-5, atol=1e-7)
 
 
 def test_whole_line_with_resume(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
+from postgrad.checks.disk import disk_check
 from postgrad.config import SFTConfig
 from postgrad.data.pack import build_batch, fitting, needed
 from postgrad.model.compiled import compiled_layers, decoder_layers, worth_compiling, worth_graphing
@@ -36,6 +38,8 @@ def test_memory_grows_with_the_tokens(kind: str) -> None:
     assert plans[0].token_bytes == pytest.approx(plans[1].token_bytes, rel=0.1)
     halved = plan(packed, build_batch(documents(40, 40), [0, 1]), torch.float32, 2, 2**33)
     assert plans[0].fixed_bytes - halved.fixed_bytes == count * 4
+    coded = plan(packed, build_batch(documents(40, 40), [0, 1]), torch.float32, 1 + 4 / 256, 2**33)
+    assert plans[0].fixed_bytes - coded.fixed_bytes == pytest.approx(count * (6 - 8 / 256), abs=1)
 
 
 def test_recomputed_activations_need_less_memory_and_grow_with_the_tokens() -> None:
@@ -163,11 +167,18 @@ def test_layers_are_as_before_after_the_block() -> None:
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
 
 
+@pytest.mark.parametrize("optim", ["adamw_bf16", "adamw_8bit"])
 def test_rounded_moments_are_refused_on_a_cpu_before_anything_is_asked(
-    cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]
+    cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str], optim: str
 ) -> None:
-    assert SFTConfig(optim="adamw_bf16").optim == "adamw_bf16"
-    options = ["optim=adamw_bf16", "use_cpu=true"]
+    assert SFTConfig(optim=optim).optim == optim
+    options = [f"optim={optim}", "use_cpu=true"]
     result = cli("sft", "-m", model_folder("llama"), "-d", chat_file(4), "-o", "run", *SMALL, *options)
     assert result.code == 2
-    assert "adamw_bf16 needs a CUDA GPU" in result.text
+    assert f"{optim} needs a CUDA GPU" in result.text
+
+
+@pytest.mark.parametrize(("optim", "byte_count"), [("adamw_torch", 12), ("adamw_bf16", 8), ("adamw_8bit", 6 + 8 / 256)])
+def test_a_checkpoint_takes_what_its_moments_take(tmp_path: Path, optim: str, byte_count: float) -> None:
+    check = disk_check(tmp_path, torch.nn.Linear(64, 64, bias=False), SFTConfig(optim=optim), 10, 10)
+    assert check.evidence["checkpoint_bytes"] == 64 * 64 * byte_count

@@ -11,7 +11,7 @@ import torch
 from postgrad.checks.prepare import Check
 from postgrad.config import SFTConfig
 
-MASTER_AND_MOMENTS = 12  # bytes of a parameter in a checkpoint: three float32 numbers
+MASTER_BYTES = 4  # of a parameter in a checkpoint, beside its two moments
 
 
 def disk_check(
@@ -26,7 +26,7 @@ def disk_check(
         total_steps, steps_per_epoch: of the run.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    one = trained * MASTER_AND_MOMENTS
+    one = int(trained * (MASTER_BYTES + 2 * config.moment_bytes))
     final = sum(p.numel() * p.element_size() for p in model.parameters())
     every = {"no": 0, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
     kept = math.ceil(total_steps / every) if every else 0

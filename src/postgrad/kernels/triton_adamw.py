@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from postgrad.kernels.triton_codes import GROUP, decoded, decoded_signed, encoded, encoded_signed, lanes
+
 BLOCK = 1024  # elements a thread block updates
 
 
@@ -73,27 +75,42 @@ def _rounded(x, bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _clipped(block, ADDRESSES, PARAMETER, START, SIZES, lane, NORM, max_norm, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """This block's gradient, clipped by the norm, and which lanes are updated: none where the norm is not finite."""
+    norm = tl.load(NORM)
+    g, here = _gradient(block, ADDRESSES, PARAMETER, START, SIZES, lane, DTYPE)
+    here = here & (lane < tl.where(norm < float("inf"), BLOCK, 0))  # neither is NaN: nothing is updated from it
+    if max_norm > 0:
+        g = g * tl.minimum(1.0, max_norm / (norm + 1e-6))
+    return tl.where(here, g, 0.0), here
+
+
+@triton.jit
+def _stepped(block, master, m, v, g, PARAMETER, CORRECTIONS, rate, beta1, beta2, epsilon, decay, decayed, parameters):
+    """Master and moments after AdamW's step."""
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    parameter = tl.load(PARAMETER + block)
+    correction1, correction2 = tl.load(CORRECTIONS + parameter), tl.load(CORRECTIONS + parameters + parameter)
+    kept = tl.where(block < decayed, 1 - rate * decay, 1.0)
+    return master * kept - (rate / correction1) * m / (tl.sqrt(v) / correction2 + epsilon), m, v
+
+
+@triton.jit
 def _update_kernel(
     MASTER, FIRST_MOMENT, SECOND_MOMENT, COPY, ADDRESSES, PARAMETER, START, SIZES, CORRECTIONS, NORM, max_norm, rate,
     beta1, beta2, epsilon, decay, decayed, parameters, seed,
     DTYPE: tl.constexpr, HAS_COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, lane = tl.program_id(0), tl.arange(0, BLOCK)
-    norm = tl.load(NORM)
-    g, here = _gradient(block, ADDRESSES, PARAMETER, START, SIZES, lane, DTYPE)
-    here = here & (lane < tl.where(norm < float("inf"), BLOCK, 0))  # neither is NaN: nothing is updated from it
-    if max_norm > 0:
-        g = g * tl.minimum(1.0, max_norm / (norm + 1e-6))
+    g, here = _clipped(block, ADDRESSES, PARAMETER, START, SIZES, lane, NORM, max_norm, DTYPE, BLOCK)
     place = block.to(tl.int64) * BLOCK + lane
     master = tl.load(MASTER + place, mask=here, other=0.0)
     m = tl.load(FIRST_MOMENT + place, mask=here, other=0.0).to(tl.float32)
     v = tl.load(SECOND_MOMENT + place, mask=here, other=0.0).to(tl.float32)
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
-    parameter = tl.load(PARAMETER + block)
-    correction1, correction2 = tl.load(CORRECTIONS + parameter), tl.load(CORRECTIONS + parameters + parameter)
-    kept = tl.where(block < decayed, 1 - rate * decay, 1.0)
-    master = master * kept - (rate / correction1) * m / (tl.sqrt(v) / correction2 + epsilon)
+    master, m, v = _stepped(
+        block, master, m, v, g, PARAMETER, CORRECTIONS, rate, beta1, beta2, epsilon, decay, decayed, parameters
+    )
     tl.store(MASTER + place, master, mask=here)
     kind: tl.constexpr = FIRST_MOMENT.dtype.element_ty
     bits = tl.zeros([BLOCK], tl.uint32)
@@ -101,6 +118,38 @@ def _update_kernel(
         bits = tl.randint(seed, place.to(tl.uint32)).to(tl.uint32, bitcast=True)
     tl.store(FIRST_MOMENT + place, _rounded(m, bits, kind), mask=here)
     tl.store(SECOND_MOMENT + place, _rounded(v, bits >> 16, kind), mask=here)
+    if HAS_COPY:
+        tl.store(COPY + place, master.to(COPY.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _update_8bit_kernel(
+    MASTER, FIRST_MOMENT, SECOND_MOMENT, FIRST_SCALE, SECOND_SCALE, COPY, ADDRESSES, PARAMETER, START, SIZES,
+    CORRECTIONS, NORM, max_norm, rate, beta1, beta2, epsilon, decay, decayed, parameters, seed,
+    DTYPE: tl.constexpr, HAS_COPY: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    block, lane = tl.program_id(0), lanes(BLOCK, GROUP)
+    g, here = _clipped(block, ADDRESSES, PARAMETER, START, SIZES, lane, NORM, max_norm, DTYPE, BLOCK)
+    place = block.to(tl.int64) * BLOCK + lane
+    group = block.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    touched = tl.max(here.to(tl.int32), axis=1) > 0
+    master = tl.load(MASTER + place, mask=here, other=0.0)
+    scale1 = tl.load(FIRST_SCALE + group, mask=touched, other=0.0)
+    scale2 = tl.load(SECOND_SCALE + group, mask=touched, other=0.0)
+    m = decoded_signed(tl.load(FIRST_MOMENT + place, mask=here, other=0), scale1)
+    v = decoded(tl.load(SECOND_MOMENT + place, mask=here, other=0), scale2)
+    # Lanes past the parameter's end have no gradient and no moments: they leave the groups' largest as it is.
+    master, m, v = _stepped(
+        block, master, m, v, g, PARAMETER, CORRECTIONS, rate, beta1, beta2, epsilon, decay, decayed, parameters
+    )
+    tl.store(MASTER + place, master, mask=here)
+    bits = tl.randint(seed, place.to(tl.uint32)).to(tl.uint32, bitcast=True)
+    codes1, scale1 = encoded_signed(m, bits)
+    codes2, scale2 = encoded(v, bits >> 16)
+    tl.store(FIRST_MOMENT + place, codes1, mask=here)
+    tl.store(SECOND_MOMENT + place, codes2, mask=here)
+    tl.store(FIRST_SCALE + group, scale1, mask=touched)
+    tl.store(SECOND_SCALE + group, scale2, mask=touched)
     if HAS_COPY:
         tl.store(COPY + place, master.to(COPY.dtype.element_ty), mask=here)
 
@@ -133,7 +182,7 @@ def norm(addresses_P: torch.Tensor, blocks: Blocks, dtype: torch.dtype) -> torch
 
 def update(
     master: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor],
+    moments: tuple[torch.Tensor, ...],
     copy: torch.Tensor | None,
     addresses_P: torch.Tensor,
     blocks: Blocks,
@@ -152,7 +201,9 @@ def update(
 
     Args:
         master: float32, flat; updated.
-        moments: flat, float32 or bf16 (then rounded by chance); updated.
+        moments: m and v, flat, float32 or bf16 (then rounded by chance); updated. With four tensors they are 8-bit
+            codes as in :mod:`postgrad.kernels.triton_codes`, uint8, flat, followed by their scales, float32, shape
+            (blocks · BLOCK / GROUP,).
         copy: the compute weights, flat; written. None where the masters are computed with.
         addresses_P, blocks, dtype: the gradients, as in :func:`accumulate`.
         steps_P: float64, shape (parameters,): updates of each parameter so far; counted on.
@@ -163,12 +214,17 @@ def update(
     """
     steps_P += (addresses_P != 0) & torch.isfinite(norm)
     corrections_2P = torch.stack([1 - betas[0] ** steps_P, (1 - betas[1] ** steps_P).sqrt()]).to(torch.float32)
-    _update_kernel[(len(blocks.parameter_B),)](
+    arguments = (
         master, *moments, master if copy is None else copy, addresses_P, blocks.parameter_B, blocks.start_B,
         blocks.sizes_P, corrections_2P, norm, float(max_norm), float(rate), *betas, epsilon, float(weight_decay),
         blocks.decayed, len(steps_P), seed,
-        DTYPE=_triton(dtype), HAS_COPY=copy is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+    grid = (len(blocks.parameter_B),)
+    constants = {"DTYPE": _triton(dtype), "HAS_COPY": copy is not None, "BLOCK": BLOCK, "num_warps": 4}
+    if len(moments) == 2:
+        _update_kernel[grid](*arguments, **constants)
+    else:
+        _update_8bit_kernel[grid](*arguments, **constants, GROUP=GROUP)
 
 
 def _triton(dtype: torch.dtype) -> tl.dtype:

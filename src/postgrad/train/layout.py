@@ -39,6 +39,11 @@ class Layout:
         parts = zip(self.offsets, self.sizes, self.shapes, strict=True)
         return [flat[offset : offset + size].view(shape) for offset, size, shape in parts]
 
+    def group_views(self, flat: torch.Tensor, group: int) -> list[torch.Tensor]:
+        """Each parameter's part of a buffer with one element per ``group`` elements; ``group`` divides the block."""
+        parts = zip(self.offsets, self.sizes, strict=True)
+        return [flat[offset // group : offset // group + -(-size // group)] for offset, size in parts]
+
     def table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each block its parameter's number (int32) and its first element within the parameter (int64)."""
         counts = torch.tensor([-(-self.sizes[number] // self.block) for number in self.order])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
@@ -17,6 +16,8 @@ from postgrad.kernels import has_triton
 from postgrad.train.layout import Layout
 
 BLOCK = 1024  # elements a thread block of the GPU's kernel updates
+GROUP = 256  # elements that share a scale where moments are 8-bit codes
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MasterOptimizer:
@@ -29,7 +30,8 @@ class MasterOptimizer:
 
     Shapes: one master, and two moments, per parameter, each of the parameter's shape; masters are float32. All
     masters are views of one flat buffer, and so are the moments and the compute weights: on a GPU one kernel updates
-    them in a single pass over memory.
+    them in a single pass over memory. Moments are float32, bf16, or uint8 codes with a float32 scale per 256 elements;
+    the last two only on a GPU.
     """
 
     def __init__(self, model: torch.nn.Module, config: SFTConfig, compute_dtype: torch.dtype) -> None:
@@ -45,10 +47,7 @@ class MasterOptimizer:
         for parameter, _ in self.frozen:
             parameter.data = parameter.data.to(compute_dtype)
         self._make_masters(compute_dtype)
-        self.moments_rounded = config.optim == "adamw_bf16"
-        moments_dtype = torch.bfloat16 if self.moments_rounded else torch.float32
-        self.flat_moments = (self._flat(moments_dtype), self._flat(moments_dtype))
-        self.moments = [self.layout.views(flat) for flat in self.flat_moments]
+        self._make_moments()
         self.steps_P = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
         self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
         self.sums: torch.Tensor | None = None
@@ -67,6 +66,18 @@ class MasterOptimizer:
             master.copy_(parameter.detach())
             parameter.data = copy
         self.publish()
+
+    def _make_moments(self) -> None:
+        """Zero moments, and views of them under the names that a checkpoint knows them by."""
+        kinds = {"adamw_bf16": torch.bfloat16, "adamw_8bit": torch.uint8}
+        dtype = kinds.get(self.config.optim, torch.float32)
+        self.flat_moments = [self._flat(dtype), self._flat(dtype)]
+        self.moments = {name: self.layout.views(flat) for name, flat in zip(MOMENTS, self.flat_moments, strict=True)}
+        if dtype == torch.uint8:
+            scales = [torch.zeros(self.layout.total // GROUP, device=self.device) for _ in MOMENTS]
+            self.flat_moments += scales
+            for name, flat in zip(MOMENTS, scales, strict=True):
+                self.moments[f"{name}_scale"] = self.layout.group_views(flat, GROUP)
 
     @torch.no_grad()
     def accumulate(self, more: bool = False) -> None:
@@ -155,7 +166,7 @@ class MasterOptimizer:
     def _adamw(self, chosen: list[int], learning_rate: float, weight_decay: float) -> None:
         if not chosen:
             return
-        first, second = self.moments
+        first, second = (self.moments[name] for name in MOMENTS)
         steps = [self.steps_P[number].to(torch.float32) for number in chosen]
         adamw(
             [self.masters[number] for number in chosen],
@@ -197,14 +208,13 @@ class MasterOptimizer:
             parameter.data = data
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments by name, for a checkpoint."""
+        """Masters and moments by name, for a checkpoint; 8-bit moments as they are, codes and scales."""
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self.names):
             tensors[f"master.{name}"] = self.masters[number]
             if self.steps_P[number] > 0:
                 tensors[f"step.{name}"] = self.steps_P[number].to(torch.float32)
-                tensors[f"exp_avg.{name}"] = self.moments[0][number]
-                tensors[f"exp_avg_sq.{name}"] = self.moments[1][number]
+                tensors.update({f"{moment}.{name}": views[number] for moment, views in self.moments.items()})
         return tensors
 
     @torch.no_grad()
@@ -218,8 +228,8 @@ class MasterOptimizer:
             self.masters[number].copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
                 self.steps_P[number] = float(tensors[f"step.{name}"])
-                self.moments[0][number].copy_(tensors[f"exp_avg.{name}"])
-                self.moments[1][number].copy_(tensors[f"exp_avg_sq.{name}"])
+                for moment, views in self.moments.items():
+                    views[number].copy_(tensors[f"{moment}.{name}"])
         self.publish()
 
 
@@ -253,10 +263,9 @@ class _Fused:
     ) -> None:
         config = owner.config
         addresses_P, dtype = self._addresses(gradients)
-        moments: Any = owner.flat_moments
         self.kernels.update(
             owner.flat_master,
-            moments,
+            tuple(owner.flat_moments),
             owner.flat_copy,
             addresses_P,
             self.blocks,
@@ -268,7 +277,7 @@ class _Fused:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
             max_norm=config.max_grad_norm,
-            seed=int(torch.randint(2**31 - 1, ())) if owner.moments_rounded else 0,
+            seed=int(torch.randint(2**31 - 1, ())) if config.moments_rounded else 0,
         )
 
 
