@@ -55,6 +55,7 @@ class Workload:
 CPU = ("postgrad", "trl", "trl-tuned", "transformers")
 TUTORIAL = ("postgrad-eager", "postgrad-compiled", "trl", "trl-nockpt")
 LARGE = ("postgrad-compiled", "trl-best")  # too few steps for postgrad to choose compiling by itself
+LARGE_MODEL = ("postgrad-compiled", "trl-best-ckpt")  # without recomputed activations it does not fit
 SIZES = {"qwen3-0.6b": ("Qwen3-0.6B", 0.6), "qwen3-1.7b": ("Qwen3-1.7B", 1.7), "qwen3-4b": ("Qwen3-4B", 4.0)}
 
 
@@ -76,8 +77,8 @@ def _h100() -> list[Workload]:
         Workload("Qwen3-0.6B shape, tutorial settings", "qwen3-0.6b", 160, 1, 8, TUTORIAL),
         Workload("SmolLM2-135M shape, tutorial settings", "smollm2-135m", 160, 1, 8, TUTORIAL),
         Workload("Qwen3-0.6B shape, 40 documents a step", "qwen3-0.6b", 1200, 40, 1, (*LARGE, "trl-bf16")),
-        Workload("Qwen3-1.7B shape, 40 documents a step", "qwen3-1.7b", 1200, 40, 1, LARGE),
-        Workload("Qwen3-4B shape, 40 documents a step", "qwen3-4b", 1200, 40, 1, LARGE),
+        Workload("Qwen3-1.7B shape, 40 documents a step", "qwen3-1.7b", 800, 40, 1, LARGE),
+        Workload("Qwen3-4B shape, 40 documents a step", "qwen3-4b", 400, 40, 1, LARGE_MODEL),
     ]
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RESERVE = 0.08  # of the device's memory, for fragments and what other libraries take
 LEAST_TOKENS, MOST_TOKENS = 4096, 32_768
+GRADIENTS_ON_THE_WAY = 1.5  # of what a layer keeps, with the gradients of it that exist at a time: one H100, bf16
 MOST_LOOKED_AT = 2**22  # tokens; no pass is longer
 
 
@@ -116,7 +117,7 @@ def plan(packed: PackedModel, batch: Batch, dtype: torch.dtype, moment_bytes: fl
 
 
 def _kept_bytes(packed: PackedModel, batch: Batch) -> tuple[float, float]:
-    """Bytes kept for the backward pass, and those of one layer that is computed again."""
+    """Bytes kept for the backward pass, and those of one layer that is computed again, its gradients included."""
     model, layers = packed.model, len(repeated_layers(packed.model))
     outside = _saved_bytes(packed, batch)
     if not packed.choices.recomputed or not layers:
@@ -124,7 +125,7 @@ def _kept_bytes(packed: PackedModel, batch: Batch) -> tuple[float, float]:
     inside = _saved_bytes(PackedModel(model, replace(packed.choices, recomputed=False)), batch) - outside
     width = next(model.parameters()).element_size()
     inputs = layers * len(batch.ids_T) * model.config.get_text_config().hidden_size * width
-    return outside + inputs, inside / layers
+    return outside + inputs, GRADIENTS_ON_THE_WAY * inside / layers
 
 
 def _saved_bytes(packed: PackedModel, batch: Batch) -> int:

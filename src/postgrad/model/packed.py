@@ -6,6 +6,7 @@ give what each gives alone, they go one by one; if our head does not give the mo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -165,11 +166,20 @@ def recomputing(model: PreTrainedModel, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _switch_recomputing(model, True)
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        _switch_recomputing(model, False)
+
+
+def _switch_recomputing(model: PreTrainedModel, on: bool) -> None:
+    with warnings.catch_warnings():  # newer versions of transformers warn of a new name that older ones do not have
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
