@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.tables import Record, machine
@@ -31,12 +32,17 @@ LABEL = 1.9  # inches kept free on the left for names
 
 def chart(record: Record) -> str:
     """The chart of a file: bars where contenders are compared, curves where postgrad is alone along an axis."""
+    points = [result for result in record["results"] if result["workload"]["axis"] is not None]
+    return as_svg(lambda: _curves(record, points) if points else _bars(record))
+
+
+def as_svg(draw: Callable[[], Figure]) -> str:
+    """What ``draw`` returns, drawn in the style of these pages."""
     import matplotlib
 
     # Text is drawn as outlines, so no viewer's font can make it wider than it was measured here.
     with matplotlib.rc_context(STYLE):
-        points = [result for result in record["results"] if result["workload"]["axis"] is not None]
-        figure = _curves(record, points) if points else _bars(record)
+        figure = draw()
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     lines = (line.rstrip() for line in written.getvalue().splitlines())
@@ -50,7 +56,7 @@ def _bars(record: Record) -> Figure:
     heights = [len(result["contenders"]) * BAR + GAP for result in results]
     total = HEAD + sum(heights)
     figure = Figure(figsize=(WIDTH, total), facecolor="white")
-    _headline(figure, "Tokens per second", record, total)
+    headline(figure, "Tokens per second", record, total)
     bottom = total - HEAD
     for result, height in zip(results, heights, strict=True):
         bottom -= height
@@ -86,7 +92,7 @@ def _curves(record: Record, points: list[Record]) -> Figure:
     height = 5.4
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - HEAD / height), h_pad=0.08, w_pad=0.08)
     figure = Figure(figsize=(WIDTH, height), facecolor="white", layout=layout)
-    _headline(figure, "Speed and memory of postgrad as the work grows", record, height)
+    headline(figure, "Speed and memory of postgrad as the work grows", record, height)
     grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
     for column, name in enumerate(names):
         chosen = [point for point in points if point["workload"]["axis"] == name]
@@ -120,7 +126,8 @@ def _curve(axes: Axes, points: list[Record], key: str, scale: float) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _headline(figure: Figure, text: str, record: Record, height: float) -> None:
+def headline(figure: Figure, text: str, record: Record, height: float) -> None:
+    """A title, and the machine under it, at the top of a figure of this height in inches."""
     left = 0.2 / WIDTH
     figure.text(left, 1 - 0.25 / height, text, fontsize=12, fontweight="bold", va="center")
     place = textwrap.shorten(machine(record["environment"]), 100, placeholder=" …")

@@ -78,6 +78,22 @@ def chat_documents(count: int, tokenizer: Any, seed: int = 0) -> list[Document]:
     return made
 
 
+def single_chats(tokenizer: Any) -> list[Document]:
+    """Every chat of the demo data as a document of its own, trained on its answers.
+
+    Args:
+        tokenizer: as in :func:`chat_documents`.
+    """
+    made = []
+    for chat in _demo_chats():
+        document: Document = {"input_ids": [], "labels": []}
+        messages: list[dict[str, str]] = []
+        for message in chat:
+            _append_turn(document, messages, message, tokenizer)
+        made.append(document)
+    return made
+
+
 def _demo_chats() -> list[list[dict[str, str]]]:
     folder = resources.files("postgrad.demo")
     lines = [

@@ -17,6 +17,12 @@ MACHINE = ("cpu", "cores", "threads", "instructions", "gpu", "torch", "transform
 
 def main() -> int:
     """Print hardware and versions."""
+    print(json.dumps(environment()))
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, and versions of postgrad, what it stands on, and the peers; takes memory of the GPU."""
     import torch
 
     from postgrad.environment import describe
@@ -24,8 +30,7 @@ def main() -> int:
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts.update({name: _version(name) for name in PEERS})
     facts.update(threads=torch.get_num_threads(), instructions=[flag for flag in INSTRUCTIONS if has_flag(flag)])
-    print(json.dumps(facts))
-    return 0
+    return facts
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Tables and charts from the measured JSON: ``python -m benchmarks.report [--check]``.
 
 Writes the part of ``docs/performance.md`` between its two markers and ``docs/images/performance-*.svg``, from
-``benchmarks/baselines/*.json``. Each file is of one machine and gets a section of its own.
+``benchmarks/baselines/*.json`` and ``benchmarks/agreement/*.json``. Each file is of one
+machine and gets a section of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import agreement_report
 from benchmarks.charts import chart
 from benchmarks.tables import Record, introduction, section
 
@@ -55,6 +57,10 @@ def generate(root: Path) -> dict[Path, str]:
         image = f"images/performance-{stem}.svg"
         files[root / "docs" / image] = chart(record)
         parts.append(section(stem, record, image))
+    for source in sorted((root / "benchmarks" / "agreement").glob("*.json")):
+        record, image = json.loads(source.read_text()), f"images/performance-agreement-{source.stem}.svg"
+        files[root / "docs" / image] = agreement_report.chart(record)
+        parts.append(agreement_report.section(record, image))
     page = root / "docs" / "performance.md"
     files[page] = fill(page.read_text(), "\n\n".join(parts))
     return files

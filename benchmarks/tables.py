@@ -28,7 +28,7 @@ def introduction(records: list[Record]) -> str:
     """How it was measured, and what each contender that occurs is."""
     seen = {name for record in records for result in record["results"] for name in result["contenders"]}
     rows = [[name, peer.about] for name, peer in PEERS.items() if name in seen]
-    return f"{METHOD}\n\n{_markdown(['contender', 'what it is'], rows)}"
+    return f"{METHOD}\n\n{markdown(['contender', 'what it is'], rows)}"
 
 
 def section(stem: str, record: Record, image: str) -> str:
@@ -40,7 +40,7 @@ def section(stem: str, record: Record, image: str) -> str:
         image: path of the chart, relative to the page.
     """
     environment, results = record["environment"], record["results"]
-    parts = [f"## {machine(environment)} (`{stem}.json`)", _versions(environment)]
+    parts = [f"## {machine(environment)} (`{stem}.json`)", versions(environment)]
     parts.append(f"![Tokens per second of each contender, {stem}.json]({image})")
     for result in results:
         if result["workload"]["axis"] is None:
@@ -67,7 +67,7 @@ def table(result: Record) -> str:
     contenders = result["contenders"]
     base = reference(contenders)
     speed = contenders[base]["summary"]["tokens_per_second"] if base else None
-    return _markdown(HEADER, [_row(name, outcome, speed) for name, outcome in contenders.items()])
+    return markdown(HEADER, [_row(name, outcome, speed) for name, outcome in contenders.items()])
 
 
 def scaling_table(points: list[Record]) -> str:
@@ -79,7 +79,7 @@ def scaling_table(points: list[Record]) -> str:
             found = outcome["summary"]
             figures = [_speed(outcome), _share(found["mfu"]), _number(found["peak_gib"], ".1f")] if found else None
             rows.append([workload["axis"], f"{workload['at']:g}", *(figures or [_failure(outcome), NONE, NONE])])
-    return _markdown(SCALING_HEADER, rows)
+    return markdown(SCALING_HEADER, rows)
 
 
 def reference(contenders: dict[str, Record]) -> str | None:
@@ -127,7 +127,7 @@ def _about(workload: Record) -> str:
     return f"{workload['rows']:,} {rows}, {batch} a step{variables}."
 
 
-def _versions(environment: Record) -> str:
+def versions(environment: Record) -> str:
     names = ("postgrad", "torch", "transformers", "trl", "liger-kernel", "python")
     return ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name)) + "."
 
@@ -140,6 +140,6 @@ def _number(value: float | None, form: str) -> str:
     return NONE if value is None else f"{value:{form}}"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

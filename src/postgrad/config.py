@@ -80,6 +80,9 @@ class SFTConfig(BaseModel):
         "random", description="Reshuffle each epoch, or keep the order of the data."
     )
     dataloader_drop_last: bool = Field(False, description="Leave out the last, smaller step of an epoch.")
+    overwrite_cache: bool = Field(
+        False, description="Ask the starting model again, even where its answers are kept from an earlier run."
+    )
     use_cpu: bool = Field(False, description="Stay on the CPU even where a GPU is.")
     bf16: bool | None = Field(None, description="Compute in bf16 over fp32 masters; default: where it is fast.")
     token_budget: int | None = Field(None, gt=0, description="Most tokens of one forward pass; default: chosen.")

@@ -132,7 +132,7 @@ def sit(
     Returns:
         One item per question and held-out row, in a fixed order.
     """
-    items, prompts = _items(exam)
+    items, prompts = items_of(exam)
     asked = [index for index, prompt in enumerate(prompts) if prompt is not None]
     answers = generate(
         packed.model,
@@ -155,7 +155,8 @@ def sit(
     return items
 
 
-def _items(exam: Exam) -> tuple[list[Item], list[list[int] | None]]:
+def items_of(exam: Exam) -> tuple[list[Item], list[list[int] | None]]:
+    """What is asked, unanswered, and the tokens of each prompt; None where a row is only scored."""
     items: list[Item] = []
     prompts: list[list[int] | None] = []
     for number, question in enumerate(exam.questions, 1):

@@ -25,7 +25,8 @@ from postgrad.resuming import find_checkpoint, resumed_config
 from postgrad.runs import Run
 from postgrad.stages import (
     Data,
-    ask,
+    ask_after,
+    ask_before,
     check,
     conclude,
     fit,
@@ -131,7 +132,7 @@ def fine_tune(
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
     exam = make_exam(config, loaded, renderer, heldout)
     with timed(run, "before"):
-        ask(exam, packed, choices["token_budget"], run, "before.jsonl", display)
+        ask_before(config, exam, packed, choices["token_budget"], run, display)
     with timed(run, "train"):
         state, total_steps, seconds = fit(config, loaded, prepared, heldout, packed, choices, run, display, resume_from)
     save_dtype = DTYPES[config.save_dtype] if config.save_dtype else loaded.source_dtype
@@ -140,7 +141,7 @@ def fine_tune(
     if saves_model:  # before asking, so that an interruption from here on loses no training
         save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype)
     with timed(run, "after"):
-        ask(exam, packed, choices["token_budget"], run, "after.jsonl", display)
+        ask_after(exam, packed, choices["token_budget"], run, display)
     comparison = conclude(run, loaded.model, display)
     if saves_model:
         write_card(run.path / "model", make_card(config, loaded, data, run, comparison))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from postgrad import __version__
+from postgrad import __version__, baseline
 from postgrad.checks.disk import disk_check
 from postgrad.checks.prepare import Check, Prepared, add_check, overlap_check, prepare, report, require
 from postgrad.config import RunConfig, SFTConfig
@@ -237,17 +237,35 @@ def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldou
     )
 
 
-def ask(exam: Exam, packed: PackedModel, token_budget: int, run: Run, name: str, display: Display) -> None:
-    """Let the model sit the exam and write its rows; what was asked before an interruption is not asked again."""
-    if not exam.questions and not exam.examples:
+def ask_before(
+    config: SFTConfig, exam: Exam, packed: PackedModel, token_budget: int, run: Run, display: Display
+) -> None:
+    """Let the starting model sit the exam; what was asked before an interruption, or is kept, is not asked again."""
+    if not (exam.questions or exam.examples) or run.read_rows("before.jsonl"):
         return
-    if name == "before.jsonl" and run.read_rows(name):
-        return
-    with display.asking(name.removesuffix(".jsonl")) as progress:
-        rows = as_rows(sit(exam, packed, token_budget, progress))
-    run.write_rows(name, rows)
-    if name == "before.jsonl":
-        display.before(rows)
+    path = baseline.place(exam, packed, token_budget, run.read_json("environment.json")["model"]["sha256"])
+    kept = None if config.overwrite_cache else baseline.recall(path)
+    if kept is not None:
+        rows, asked = kept
+        run.update_environment(asked_before=f"{asked}, kept")
+        display.note(f"the starting model's answers are those of {asked}: same model, questions and settings")
+    else:
+        started = time.perf_counter()
+        rows = _ask(exam, packed, token_budget, "before", display)
+        baseline.keep(path, rows, time.perf_counter() - started)
+    run.write_rows("before.jsonl", rows)
+    display.before(rows)
+
+
+def ask_after(exam: Exam, packed: PackedModel, token_budget: int, run: Run, display: Display) -> None:
+    """Let the trained model sit the same exam."""
+    if exam.questions or exam.examples:
+        run.write_rows("after.jsonl", _ask(exam, packed, token_budget, "after", display))
+
+
+def _ask(exam: Exam, packed: PackedModel, token_budget: int, when: str, display: Display) -> list[dict[str, Any]]:
+    with display.asking(when) as progress:
+        return as_rows(sit(exam, packed, token_budget, progress))
 
 
 # -- 4. train ---------------------------------------------------------------------------------------------------

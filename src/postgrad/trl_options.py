@@ -59,6 +59,7 @@ POSTGRAD_ONLY = frozenset(
         "columns",
         "max_train_samples",
         "skip_bad",
+        "overwrite_cache",
         "eval_dataset_name",
     }
 )
