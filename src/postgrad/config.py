@@ -80,6 +80,9 @@ class SFTConfig(BaseModel):
         "random", description="Reshuffle each epoch, or keep the order of the data."
     )
     dataloader_drop_last: bool = Field(False, description="Leave out the last, smaller step of an epoch.")
+    rehearsal: bool = Field(
+        True, description="Do the largest step once and undo it, and save and reload, before the run."
+    )
     overwrite_cache: bool = Field(
         False, description="Ask the starting model again, even where its answers are kept from an earlier run."
     )

@@ -16,7 +16,8 @@ from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
 from postgrad.engine import choose
-from postgrad.errors import CheckpointError, ConfigError
+from postgrad.errors import CheckError, CheckpointError, ConfigError
+from postgrad.evaluate import Exam
 from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model, write_card
 from postgrad.recording import now, recorded, timed
@@ -27,17 +28,20 @@ from postgrad.stages import (
     Data,
     ask_after,
     ask_before,
-    check,
     conclude,
+    examine_rows,
     fit,
     freeze_template,
     load,
     load_data,
     make_card,
     make_exam,
+    make_job,
     make_renderer,
+    try_out,
 )
 from postgrad.train.checkpoint import LoopState
+from postgrad.train.loop import Job
 
 
 @dataclass(slots=True)
@@ -58,6 +62,23 @@ class Outcome:
     total_steps: int
     seconds: float
     comparison: dict[str, Any] | None
+    report: Path
+
+
+@dataclass(slots=True)
+class Checked:
+    """What ``postgrad check`` found.
+
+    Args:
+        run: its directory.
+        content: of ``checks.json``.
+        refusal: what a run would be refused for, or None.
+        report: path of ``report.html``.
+    """
+
+    run: Run
+    content: dict[str, Any]
+    refusal: CheckError | None
     report: Path
 
 
@@ -125,25 +146,60 @@ def fine_tune(
         display: for people.
         resume_from: a checkpoint to continue from.
     """
-    with timed(run, "check"):
-        freeze_template(config, loaded.tokenizer, data.train, run)
-        renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
-        prepared, heldout = check(config, loaded, data, renderer, run, display)
-        packed, choices = choose(config, loaded, prepared, run, display, resume_from)
-    exam = make_exam(config, loaded, renderer, heldout)
+    job, exam, choices = _check(config, loaded, data, run, display, resume_from)
     with timed(run, "before"):
-        ask_before(config, exam, packed, choices["token_budget"], run, display)
+        ask_before(config, exam, job.packed, choices["token_budget"], run, display)
     with timed(run, "train"):
-        state, total_steps, seconds = fit(config, loaded, prepared, heldout, packed, choices, run, display, resume_from)
+        state, total_steps, seconds = fit(job, choices, resume_from)
     save_dtype = DTYPES[config.save_dtype] if config.save_dtype else loaded.source_dtype
     round_weights(loaded.model, save_dtype)
     saves_model = config.save_strategy != "no" or isinstance(config, RunConfig)
     if saves_model:  # before asking, so that an interruption from here on loses no training
         save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype)
     with timed(run, "after"):
-        ask_after(exam, packed, choices["token_budget"], run, display)
+        ask_after(exam, job.packed, choices["token_budget"], run, display)
     comparison = conclude(run, loaded.model, display)
     if saves_model:
         write_card(run.path / "model", make_card(config, loaded, data, run, comparison))
     run.update_environment(status="complete", finished=now())
     return Outcome(run, state, total_steps, seconds, comparison, write_report(run))
+
+
+def check(config: RunConfig, display: Display) -> Checked:
+    """Everything that comes before asking and training, and no more: ``postgrad check``.
+
+    Returns:
+        What was found; a refusal is in it, not raised.
+
+    Raises:
+        PostgradError: where model, data or settings cannot be read at all.
+    """
+    run = Run.create(config.output_dir, f"{config.run_name}-check")
+    display.run(run.path, run.instead_of)
+    refusal = None
+    with recorded(run, config):
+        with timed(run, "load"):
+            read_questions(config.questions)
+            data = load_data(config)
+            loaded = load(config)
+        try:
+            _check(config, loaded, data, run, display, None)
+        except CheckError as error:
+            refusal = error
+        run.update_environment(status="checked", finished=now())
+    return Checked(run, run.read_json("checks.json"), refusal, write_report(run))
+
+
+def _check(
+    config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, display: Display, resume_from: Path | None
+) -> tuple[Job, Exam, dict[str, Any]]:
+    """Prove what can be proved before training; what to train, what to ask, and how the model is computed."""
+    with timed(run, "check"):
+        freeze_template(config, loaded.tokenizer, data.train, run)
+        renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
+        prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
+        packed, choices = choose(config, loaded, prepared, run, display, resume_from)
+        job = make_job(config, loaded, prepared, heldout, packed, choices, run, display)
+        if resume_from is None:
+            try_out(job, choices)
+    return job, make_exam(config, loaded, renderer, heldout), choices

@@ -20,6 +20,7 @@ NOT_COMPUTED = {
     "resume_from_checkpoint",
     "disable_tqdm",
     "overwrite_cache",
+    "rehearsal",
     "logging_steps",
     "logging_first_step",
     "save_strategy",

@@ -13,7 +13,9 @@ import torch
 
 from postgrad import __version__, baseline
 from postgrad.checks.disk import disk_check
-from postgrad.checks.prepare import Check, Prepared, add_check, overlap_check, prepare, report, require
+from postgrad.checks.isolation import isolation_check
+from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
+from postgrad.checks.rehearsal import rehearse
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.load import LoadedData, load_examples
 from postgrad.data.questions import read_questions
@@ -183,7 +185,7 @@ def make_renderer(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, chat: C
     return Renderer(tokenizer, chat.stop_ids, options)
 
 
-def check(
+def examine_rows(
     config: SFTConfig, loaded: LoadedModel, data: Data, renderer: Renderer, run: Run | None, display: Display
 ) -> tuple[Prepared, Prepared | None]:
     """Render and check both parts of the data; refuse what cannot be right.
@@ -271,7 +273,7 @@ def _ask(exam: Exam, packed: PackedModel, token_budget: int, when: str, display:
 # -- 4. train ---------------------------------------------------------------------------------------------------
 
 
-def fit(
+def make_job(
     config: SFTConfig,
     loaded: LoadedModel,
     prepared: Prepared,
@@ -280,9 +282,8 @@ def fit(
     choices: dict[str, Any],
     run: Run,
     display: Display,
-    resume_from: Path | None,
-) -> tuple[LoopState, int, float]:
-    """Train; return the final state, the steps planned and the seconds it took."""
+) -> Job:
+    """What the loop needs, with the fingerprints that a resume compares."""
     identity = {
         "data": prepared.fingerprint,
         "heldout": heldout.fingerprint if heldout else None,
@@ -294,18 +295,7 @@ def fit(
         },
         "config": computed(config),
     }
-    order = DataOrder(len(prepared.examples), config)
-    disk = disk_check(run.path, loaded.model, config, order.total_steps, order.steps_per_epoch)
-    run.write_json("checks.json", add_check(run.read_json("checks.json"), disk))
-    if disk.status == "warn":
-        display.note(f"warning: {disk.name}: {disk.message}")
-    require([disk])
-    state, tensors = LoopState(token_budget=choices["token_budget"]), None
-    if resume_from is not None:
-        state, tensors = restore(resume_from, identity, run, order.total_steps)
-        write_config(run, config)
-    state.total_steps = order.total_steps
-    job = Job(
+    return Job(
         packed=packed,
         samples=prepared.samples,
         eval_samples=heldout.samples if heldout else [],
@@ -315,6 +305,42 @@ def fit(
         identity=identity,
         display=display,
     )
+
+
+def try_out(job: Job, choices: dict[str, Any]) -> None:
+    """Look at the disk, and do the run's largest step once and undo it, before anything is asked.
+
+    Args:
+        job: the run.
+        choices: how the model is computed; the token budget becomes lower where memory ran out.
+
+    Raises:
+        CheckError: naming what is refused.
+    """
+    run, config, order = job.run, job.config, DataOrder(len(job.by_example), job.config)
+    checks = [
+        isolation_check(job.packed),
+        disk_check(run.path, job.packed.model, config, order.total_steps, order.steps_per_epoch),
+    ]
+    if config.rehearsal and not any(item.status == "refuse" for item in checks):
+        found, choices["token_budget"] = rehearse(job, choices["token_budget"], config.save_strategy != "no")
+        checks += found
+    run.update_environment(choices=choices)
+    run.write_json("checks.json", add_checks(run.read_json("checks.json"), checks))
+    for item in checks:
+        if item.status == "warn" or item.name == "forecast":
+            job.display.note(f"{'warning: ' if item.status == 'warn' else ''}{item.name}: {item.message}")
+    require(checks)
+
+
+def fit(job: Job, choices: dict[str, Any], resume_from: Path | None) -> tuple[LoopState, int, float]:
+    """Train; return the final state, the steps planned and the seconds it took."""
+    order = DataOrder(len(job.by_example), job.config)
+    state, tensors = LoopState(token_budget=choices["token_budget"]), None
+    if resume_from is not None:
+        state, tensors = restore(resume_from, job.identity, job.run, order.total_steps)
+        write_config(job.run, job.config)
+    state.total_steps = order.total_steps
     started = time.perf_counter()
     state = train(job, state, tensors)
     return state, order.total_steps, time.perf_counter() - started

@@ -25,7 +25,7 @@ from postgrad.model.template import prepare_chat
 from postgrad.pipeline import Outcome, fine_tune
 from postgrad.recording import recorded
 from postgrad.runs import Run
-from postgrad.stages import Data, check, make_card, make_renderer
+from postgrad.stages import Data, examine_rows, make_card, make_renderer
 from postgrad.train import checkpoint
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class SFTTrainer:
         data = Data(examples, [], "", {})
         renderer = make_renderer(self.args, self.processing_class, self._loaded.chat)
         quiet = self.args.replace(eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=None)
-        prepared, _ = check(quiet, self._loaded, data, renderer, None, self._display())
+        prepared, _ = examine_rows(quiet, self._loaded, data, renderer, None, self._display())
         packed = PackedModel(self.model, packed_model.choose(self.model))
         totals = heldout_loss(packed, prepared.samples, self.args.token_budget or LEAST_TOKENS) or {}
         loss, tokens = mean_loss(totals)

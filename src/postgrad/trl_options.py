@@ -60,6 +60,7 @@ POSTGRAD_ONLY = frozenset(
         "max_train_samples",
         "skip_bad",
         "overwrite_cache",
+        "rehearsal",
         "eval_dataset_name",
     }
 )

@@ -136,10 +136,11 @@ def report(prepared: Prepared, renderer: Renderer, more: Sequence[Check] = ()) -
     }
 
 
-def add_check(content: dict[str, Any], check: Check) -> dict[str, Any]:
-    """The content of ``checks.json`` with one more check; one of the same name is replaced."""
-    others = [known for known in content["checks"] if known["name"] != check.name]
-    return {**content, "checks": [*others, asdict(check)]}
+def add_checks(content: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
+    """The content of ``checks.json`` with more checks; those of the same names are replaced."""
+    names = {check.name for check in checks}
+    others = [known for known in content["checks"] if known["name"] not in names]
+    return {**content, "checks": [*others, *map(asdict, checks)]}
 
 
 def require(checks: Sequence[Check]) -> None:

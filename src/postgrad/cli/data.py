@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli.options import JSON, MODEL, emit, settings
+from postgrad.cli.options import JSON, MODEL, emit, print_checks, settings
 
 if TYPE_CHECKING:
     from postgrad.config import RunConfig
@@ -159,11 +159,5 @@ def _print(result: dict[str, Any]) -> None:
             say(f"  → {problem['cure']}")
     if len(result["problems"]) > 20:
         say(f"… and {len(result['problems']) - 20:,} more problems (--json lists all)")
-    styles = {"pass": "green", "warn": "yellow", "refuse": "red"}
-    for item in result.get("checks", []):
-        say(f"{item['status']:>6}  {item['name']}: {item['message']}", styles[item["status"]])
-        for row in item["rows"][:5]:
-            say(f"        {row['file']}:{row['row']}: {row['message']}")
-        if item["cure"] and item["status"] != "pass":
-            say(f"        → {item['cure']}")
+    print_checks(console, result.get("checks", []))
     say("ok" if result["ok"] else "not ok", "bold")

@@ -8,13 +8,17 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from postgrad.cli import data, models, runs
-from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, settings
+from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, print_checks, settings
 from postgrad.errors import ConfigError, PostgradError
+
+if TYPE_CHECKING:
+    from postgrad.config import RunConfig
+    from postgrad.display import Display
 
 HELP = """Post-training of causal language models that you can prove.
 
@@ -23,6 +27,7 @@ Every run does the same six things: load, check, ask before, train, ask after, r
 \b
   postgrad demo                                   offline, in two minutes
   postgrad sft -m Qwen/Qwen3-0.6B-Base -d chats.jsonl
+  postgrad check -m Qwen/Qwen3-0.6B-Base -d chats.jsonl
   postgrad sft config.yaml learning_rate=1e-5
 
 \b
@@ -101,12 +106,53 @@ def sft(
 
     A word with '=' is an option, a word without is the config file. All options: docs/config.md.
     """
+    _sft(*_given(config, items, model, dataset, output_dir), as_json)
+
+
+@app.command()
+def check(
+    config: CONFIG = None,
+    items: ITEMS = None,
+    model: MODEL = None,
+    dataset: DATA = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """All that is proved before a run, without the run: takes what 'sft' takes, trains nothing.
+
+    Exit code 3 where 'sft' would refuse. The verdict is also in checks.json and report.html of runs/NAME-check.
+
+    \b
+      postgrad check -m smollm2-demo -d chats.jsonl
+      postgrad check config.yaml --json
+    """
+    from rich.console import Console
+
+    from postgrad import pipeline
+
+    settings_, display = _settings(*_given(config, items, model, dataset, output_dir), as_json)
+    found = pipeline.check(settings_, display)
+    if as_json:
+        emit({"ok": found.refusal is None, "run": str(found.run.path), "report": str(found.report), **found.content})
+    else:
+        print_checks(Console(), found.content["checks"])
+        print(f"\nreport  {found.report}\n{'ok' if found.refusal is None else 'refused: a run would not start'}")
+    raise typer.Exit(0 if found.refusal is None else found.refusal.exit_code)
+
+
+def _given(
+    config: str | None,
+    items: list[str] | None,
+    model: str | None,
+    dataset: list[str] | None,
+    output_dir: str | None,
+) -> tuple[str | None, dict[str, Any]]:
+    """The config file and the options on the command line."""
     words = [*([config] if config else []), *(items or [])]
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
-    given = settings([word for word in words if "=" in word], model, dataset, output_dir)
-    _sft(files[0] if files else None, given, as_json)
+    return files[0] if files else None, settings([word for word in words if "=" in word], model, dataset, output_dir)
 
 
 @app.command()
@@ -128,17 +174,22 @@ def resume(
 
 
 def _sft(config_file: str | None, values: dict[str, Any], as_json: bool) -> None:
+    from postgrad import pipeline
+
+    config, display = _settings(config_file, values, as_json)
+    _finish(pipeline.sft(config, display), as_json)
+
+
+def _settings(config_file: str | None, values: dict[str, Any], as_json: bool) -> tuple[RunConfig, Display]:
     from postgrad.config import load_config
 
     config = load_config(config_file, values)
     if config.resume_from_checkpoint:
         raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
-    from postgrad import pipeline
-
     display = make_display(as_json, plain=config.disable_tqdm is True)
     for note in config.notes:
         display.note(f"option {note}")
-    _finish(pipeline.sft(config, display), as_json)
+    return config, display
 
 
 def _finish(outcome: Any, as_json: bool) -> None:

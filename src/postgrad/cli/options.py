@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from postgrad.display import Display
 
+ROWS_SHOWN = 5
 MODEL = Annotated[
     Optional[str],
     typer.Option("-m", "--model", help="Hub name, folder, .gguf file, run directory, modelscope:NAME or smollm2-demo."),
@@ -56,6 +59,26 @@ def make_display(as_json: bool, plain: bool = False) -> Display:
     from postgrad.display import Display
 
     return Display(Console(stderr=as_json), bar=False if plain else None, tables=not as_json)
+
+
+def print_checks(console: Console, checks: list[dict[str, Any]]) -> None:
+    """Print each check's verdict, the first rows it is about, and what to do.
+
+    Args:
+        console: for people.
+        checks: as in ``checks.json``.
+    """
+    styles = {"pass": "green", "warn": "yellow", "refuse": "red"}
+    lines: list[tuple[str, str]] = []
+    for item in checks:
+        lines.append((f"{item['status']:>6}  {item['name']}: {item['message']}", styles[item["status"]]))
+        lines += [(f"        {row['file']}:{row['row']}: {row['message']}", "") for row in item["rows"][:ROWS_SHOWN]]
+        if len(item["rows"]) > ROWS_SHOWN:
+            lines.append((f"        … and {len(item['rows']) - ROWS_SHOWN} more (--json lists them)", ""))
+        if item["cure"] and item["status"] != "pass":
+            lines.append((f"        → {item['cure']}", ""))
+    for line, style in lines:
+        console.print(line, style=style, markup=False, highlight=False)
 
 
 def emit(value: Any) -> None:

@@ -43,6 +43,7 @@ MOST_LOGGED = 200
 STATUS = {
     "running": "still running when this page was written",
     "complete": "complete",
+    "checked": "checked; nothing was trained",
     "interrupted": "interrupted, resumable",
     "stopped": "stopped by the run itself",
     "failed": "failed",
@@ -196,6 +197,8 @@ def verdict(status: str | None, comparison: Row, before: bool, after: bool, aske
         text = f"The run {'stopped itself' if status == 'stopped' else 'failed'} before there was a model to judge."
     elif status == "interrupted":
         text = "The run was interrupted before its model was asked: there is no verdict yet."
+    elif status == "checked":
+        text = "Only the checks were made: nothing was asked or trained."
     elif status == "running":
         text = "The run was still going when this page was written: there is no verdict yet."
     elif not asked_for and not before and not after:

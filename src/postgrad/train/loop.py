@@ -160,28 +160,17 @@ def _interrupt(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Da
 
 
 def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, rate: float) -> StepResult:
-    """One optimizer step; when memory runs out, the same step again with half the token budget."""
+    """One optimizer step."""
     started = time.perf_counter()
     samples = job.samples_of(order, state.step)
-    random_state = checkpoint.random_state()
-    while True:
-        try:
-            passes = _gradient(job, state.step, samples, optimizer, state.token_budget)
-            break
-        except torch.OutOfMemoryError:
-            pass  # what the failed pass held is free once its traceback is gone, which is here
-        optimizer.clear()
-        job.packed.graphs = None  # made for the larger budget; their memory helps
-        torch.cuda.empty_cache()
-        checkpoint.restore_random_state(random_state)
-        _shrink_budget(job, state, max(len(sample) for sample in samples))
+    passes = accumulate(job, state, samples, optimizer)
     loss_ = torch.stack([loss for loss, _, _ in passes]).to(torch.float64).sum()
     norm_ = torch.where(torch.isfinite(loss_), optimizer.grad_norm(), torch.nan)
     optimizer.update(rate, norm_)
     if state.step + 1 < order.total_steps:
         job.feed.prepare(state.step + 1, job.samples_of(order, state.step + 1), state.token_budget)
     loss, norm = torch.stack([loss_, norm_.to(torch.float64)]).tolist()  # the only wait for the device in a step
-    _require_finite(job, samples, passes, loss, norm, state.step + 1)
+    require_finite(job, samples, passes, loss, norm, state.step + 1)
     return StepResult(
         step=state.step + 1,
         epoch=order.epoch(state.step + 1),
@@ -192,6 +181,31 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
         trained_tokens=sum(sample.trained for sample in samples),
         seconds=time.perf_counter() - started,
     )
+
+
+def accumulate(job: Job, state: LoopState, samples: list[Sample], optimizer: MasterOptimizer) -> Passes:
+    """The gradient of a step's loss, in the optimizer; again with half the token budget when memory runs out.
+
+    Args:
+        job: the run.
+        state: its step is the number of the step, from 0; its token budget may be lowered.
+        samples: of the step.
+        optimizer: takes the gradient.
+
+    Returns:
+        Each pass's loss, batch and token losses.
+    """
+    random_state = checkpoint.random_state()
+    while True:
+        try:
+            return _gradient(job, state.step, samples, optimizer, state.token_budget)
+        except torch.OutOfMemoryError:
+            pass  # what the failed pass held is free once its traceback is gone, which is here
+        optimizer.clear()
+        job.packed.graphs = None  # made for the larger budget; their memory helps
+        torch.cuda.empty_cache()
+        checkpoint.restore_random_state(random_state)
+        _shrink_budget(job, state, max(len(sample) for sample in samples))
 
 
 def _shrink_budget(job: Job, state: LoopState, longest: int) -> None:
@@ -217,7 +231,7 @@ def _gradient(job: Job, step: int, samples: list[Sample], optimizer: MasterOptim
     return passes
 
 
-def _require_finite(job: Job, samples: list[Sample], passes: Passes, loss: float, norm: float, step: int) -> None:
+def require_finite(job: Job, samples: list[Sample], passes: Passes, loss: float, norm: float, step: int) -> None:
     """Stop at a loss or gradient that is not finite; the optimizer has made no update from it."""
     if not math.isfinite(loss):
         culprits = {

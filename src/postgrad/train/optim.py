@@ -136,6 +136,14 @@ class MasterOptimizer:
         return torch.nn.utils.get_total_norm(found) if found else torch.zeros((), device=self.device)
 
     @torch.no_grad()
+    def gradient_norms(self) -> dict[str, float | None]:
+        """L2 norm of each parameter's accumulated gradient by name; None where it has none (this waits)."""
+        norms = [None if g is None else g.float().norm() for g in self._final()]
+        known = torch.stack([norm for norm in norms if norm is not None] or [torch.zeros(())]).tolist()
+        values = iter(known)
+        return {name: None if n is None else next(values) for name, n in zip(self.names, norms, strict=True)}
+
+    @torch.no_grad()
     def update(self, learning_rate: float, norm: torch.Tensor) -> None:
         """Clip to ``max_grad_norm``, make one AdamW step, write the masters into the parameters.
 
