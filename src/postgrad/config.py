@@ -90,6 +90,9 @@ class SFTConfig(BaseModel):
     assistant_only_loss: bool = Field(True, description="Train on assistant turns; false: on every token of a chat.")
     completion_only_loss: bool | None = Field(None, description="Train on completions only; default true.")
     last_turn_only: bool = Field(False, description="Train on the last assistant turn of each chat only.")
+    load_from_cache_file: bool = Field(
+        True, description="Use and keep the tokens of large data sets between runs; false: render anew, keep nothing."
+    )
     dataset_text_field: str = Field("text", description="Column of plain-text rows.")
     chat_template_path: str | None = Field(None, description="Jinja file, or a folder or model whose template to use.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables of the chat template.")

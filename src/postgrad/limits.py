@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+TOOK_LONGER = "took longer than"
+
+
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raise TimeoutError when the block runs longer than ``seconds``.
@@ -20,7 +23,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         return
 
     def expire(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{what} took longer than {seconds:g} s")
+        raise TimeoutError(f"{what} {TOOK_LONGER} {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)

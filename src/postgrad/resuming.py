@@ -19,6 +19,7 @@ NOT_COMPUTED = {
     "run_name",
     "resume_from_checkpoint",
     "disable_tqdm",
+    "load_from_cache_file",
     "logging_steps",
     "logging_first_step",
     "save_strategy",

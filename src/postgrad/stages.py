@@ -143,7 +143,8 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
     )
     freeze_template(config, tokenizer, data.examples)
     renderer = make_renderer(config, tokenizer, chat)
-    prepared = prepare(data.examples, renderer, config, limit=context, skip_bad=config.skip_bad, problems=data.problems)
+    options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
+    prepared = prepare(data.examples, renderer, config, limit=context, **options)
     return prepared, renderer
 
 
@@ -199,10 +200,11 @@ def check(
         )
     if config.eval_strategy != "no" and not data.heldout:
         raise ConfigError("eval_strategy needs held-out data", "give eval_dataset, or eval_strategy=no")
-    prepared = prepare(data.train, renderer, config, limit=limit, skip_bad=skip_bad, problems=data.problems)
+    options: dict[str, Any] = {"limit": limit, "skip_bad": skip_bad, "note": display.note}
+    prepared = prepare(data.train, renderer, config, problems=data.problems, **options)
     heldout, more = None, [Check("options", "pass", note) for note in config.notes]
     if data.heldout:
-        heldout = prepare(data.heldout, renderer, config, limit=limit, skip_bad=skip_bad)
+        heldout = prepare(data.heldout, renderer, config, **options)
         more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
         more.append(overlap_check(prepared.examples, heldout.examples))
     if run is not None:
