@@ -44,7 +44,7 @@ class Encoder:
             return [
                 one.ids for one in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ]
-        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+        return [self.ids(text) for text in texts]
 
     def many_with_offsets(self, texts: list[str]) -> list[tuple[list[int], np.ndarray | None]]:
         """The tokens of each text, and the characters of each token.
@@ -61,8 +61,9 @@ class Encoder:
             self.ids("a")
             encoded = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
             return [(one.ids, _array(one.offsets)) for one in encoded]
-        both = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [(list(ids), _array(offsets)) for ids, offsets in zip(both.input_ids, both.offset_mapping, strict=True)]
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        singly = (self.tokenizer(text, **options) for text in texts)
+        return [(list(one.input_ids), _array(one.offset_mapping)) for one in singly]
 
 
 class Encoded:

@@ -69,11 +69,8 @@ class Turn:
 class Written:
     """An example as text, before it is tokenised.
 
-    Args:
-        example: the row.
-        index: its number.
-        result: what was counted while writing; its Samples are still to come.
-        documents: a chat's texts, each with its trained turns; without turns every token is trained.
+    ``result`` holds what was counted while writing; its Samples are still to come. ``documents`` are a chat's texts,
+    each with its trained turns; without turns every token is trained.
     """
 
     example: Example
