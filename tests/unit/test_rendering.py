@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def examples(seed: int, count: int = 60) -> list[Any]:
     """Rows of every kind, some of which are refused."""
     draw = random.Random(seed)
-    text = lambda: " ".join(draw.choices(tiny.WORDS.split() + ["é", "🙂", "\n"], k=draw.randint(1, 12)))  # noqa: E731
+    text = lambda: " ".join(draw.choices([*tiny.WORDS.split(), "é", "🙂", "\n"], k=draw.randint(1, 12)))  # noqa: E731
     rows: list[Any] = []
     for number in range(1, count + 1):
         source, kind = Source("rows.jsonl", number), draw.random()

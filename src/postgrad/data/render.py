@@ -67,10 +67,9 @@ class Turn:
 
 @dataclass(slots=True)
 class Written:
-    """An example as text, before it is tokenised.
+    """An example as text, before it is tokenised: what was counted, and each document of a chat with its trained turns.
 
-    ``result`` holds what was counted while writing; its Samples are still to come. ``documents`` are a chat's texts,
-    each with its trained turns; without turns every token is trained.
+    A document without turns is trained on as a whole.
     """
 
     example: Example
