@@ -83,9 +83,6 @@ class SFTConfig(BaseModel):
     rehearsal: bool = Field(
         True, description="Do the largest step once and undo it, and save and reload, before the run."
     )
-    overwrite_cache: bool = Field(
-        False, description="Ask the starting model again, even where its answers are kept from an earlier run."
-    )
     use_cpu: bool = Field(False, description="Stay on the CPU even where a GPU is.")
     bf16: bool | None = Field(None, description="Compute in bf16 over fp32 masters; default: where it is fast.")
     token_budget: int | None = Field(None, gt=0, description="Most tokens of one forward pass; default: chosen.")
@@ -101,6 +98,11 @@ class SFTConfig(BaseModel):
     assistant_only_loss: bool = Field(True, description="Train on assistant turns; false: on every token of a chat.")
     completion_only_loss: bool | None = Field(None, description="Train on completions only; default true.")
     last_turn_only: bool = Field(False, description="Train on the last assistant turn of each chat only.")
+    load_from_cache_file: bool = Field(
+        True,
+        description="Use and keep the tokens of large data sets and the starting model's answers between runs; "
+        "false: render and ask anew, keep nothing.",
+    )
     dataset_text_field: str = Field("text", description="Column of plain-text rows.")
     chat_template_path: str | None = Field(None, description="Jinja file, or a folder or model whose template to use.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables of the chat template.")

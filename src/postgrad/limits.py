@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TOOK_LONGER = "took longer than"
+
 
 @contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
@@ -20,7 +22,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         return
 
     def expire(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{what} took longer than {seconds:g} s")
+        raise TimeoutError(f"{what} {TOOK_LONGER} {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -16,7 +16,7 @@ from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
 from postgrad.engine import choose
-from postgrad.errors import CheckError, CheckpointError, ConfigError
+from postgrad.errors import CheckError, CheckpointError, ConfigError, TrainingStopped
 from postgrad.evaluate import Exam
 from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model, write_card
@@ -78,7 +78,7 @@ class Checked:
 
     run: Run
     content: dict[str, Any]
-    refusal: CheckError | None
+    refusal: CheckError | TrainingStopped | None
     report: Path
 
 
@@ -176,7 +176,7 @@ def check(config: RunConfig, display: Display) -> Checked:
     """
     run = Run.create(config.output_dir, f"{config.run_name}-check")
     display.run(run.path, run.instead_of)
-    refusal = None
+    refusal: CheckError | TrainingStopped | None = None
     with recorded(run, config):
         with timed(run, "load"):
             read_questions(config.questions)
@@ -184,7 +184,7 @@ def check(config: RunConfig, display: Display) -> Checked:
             loaded = load(config)
         try:
             _check(config, loaded, data, run, display, None)
-        except CheckError as error:
+        except (CheckError, TrainingStopped) as error:
             refusal = error
         run.update_environment(status="checked", finished=now())
     return Checked(run, run.read_json("checks.json"), refusal, write_report(run))

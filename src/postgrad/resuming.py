@@ -19,7 +19,7 @@ NOT_COMPUTED = {
     "run_name",
     "resume_from_checkpoint",
     "disable_tqdm",
-    "overwrite_cache",
+    "load_from_cache_file",
     "rehearsal",
     "logging_steps",
     "logging_first_step",

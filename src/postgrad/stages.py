@@ -22,7 +22,7 @@ from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.data.split import split_heldout
 from postgrad.display import Display
-from postgrad.errors import ConfigError, DataError
+from postgrad.errors import ConfigError, DataError, TrainingStopped
 from postgrad.evaluate import Exam, as_rows, compare, sit
 from postgrad.model.load import (
     DTYPES,
@@ -145,7 +145,8 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
     )
     freeze_template(config, tokenizer, data.examples)
     renderer = make_renderer(config, tokenizer, chat)
-    prepared = prepare(data.examples, renderer, config, limit=context, skip_bad=config.skip_bad, problems=data.problems)
+    options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
+    prepared = prepare(data.examples, renderer, config, limit=context, **options)
     return prepared, renderer
 
 
@@ -201,10 +202,11 @@ def examine_rows(
         )
     if config.eval_strategy != "no" and not data.heldout:
         raise ConfigError("eval_strategy needs held-out data", "give eval_dataset, or eval_strategy=no")
-    prepared = prepare(data.train, renderer, config, limit=limit, skip_bad=skip_bad, problems=data.problems)
+    options: dict[str, Any] = {"limit": limit, "skip_bad": skip_bad, "note": display.note}
+    prepared = prepare(data.train, renderer, config, problems=data.problems, **options)
     heldout, more = None, [Check("options", "pass", note) for note in config.notes]
     if data.heldout:
-        heldout = prepare(data.heldout, renderer, config, limit=limit, skip_bad=skip_bad)
+        heldout = prepare(data.heldout, renderer, config, **options)
         more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
         more.append(overlap_check(prepared.examples, heldout.examples))
     if run is not None:
@@ -245,8 +247,10 @@ def ask_before(
     """Let the starting model sit the exam; what was asked before an interruption, or is kept, is not asked again."""
     if not (exam.questions or exam.examples) or run.read_rows("before.jsonl"):
         return
-    path = baseline.place(exam, packed, token_budget, run.read_json("environment.json")["model"]["sha256"])
-    kept = None if config.overwrite_cache else baseline.recall(path)
+    path = None
+    if config.load_from_cache_file:
+        path = baseline.place(exam, packed, token_budget, run.read_json("environment.json")["model"]["sha256"])
+    kept = baseline.recall(path) if path else None
     if kept is not None:
         rows, asked = kept
         run.update_environment(asked_before=f"{asked}, kept")
@@ -254,7 +258,8 @@ def ask_before(
     else:
         started = time.perf_counter()
         rows = _ask(exam, packed, token_budget, "before", display)
-        baseline.keep(path, rows, time.perf_counter() - started)
+        if path:
+            baseline.keep(path, rows, time.perf_counter() - started)
     run.write_rows("before.jsonl", rows)
     display.before(rows)
 
@@ -316,6 +321,7 @@ def try_out(job: Job, choices: dict[str, Any]) -> None:
 
     Raises:
         CheckError: naming what is refused.
+        TrainingStopped: where the loss of the largest step is no number.
     """
     run, config, order = job.run, job.config, DataOrder(len(job.by_example), job.config)
     checks = [
@@ -330,6 +336,9 @@ def try_out(job: Job, choices: dict[str, Any]) -> None:
     for item in checks:
         if item.status == "warn" or item.name == "forecast":
             job.display.note(f"{'warning: ' if item.status == 'warn' else ''}{item.name}: {item.message}")
+    for item in checks:
+        if item.name == "rehearsal" and item.status == "refuse":
+            raise TrainingStopped(item.message, item.cure)
     require(checks)
 
 

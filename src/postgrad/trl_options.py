@@ -46,6 +46,7 @@ POSTGRAD_ONLY = frozenset(
         "save_dtype",
         "excess_length_strategy",
         "last_turn_only",
+        "load_from_cache_file",
         "chat_template_kwargs",
         "enable_thinking",
         "early_stopping_patience",
@@ -59,7 +60,6 @@ POSTGRAD_ONLY = frozenset(
         "columns",
         "max_train_samples",
         "skip_bad",
-        "overwrite_cache",
         "rehearsal",
         "eval_dataset_name",
     }
@@ -89,9 +89,8 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
         "dataloader_prefetch_factor",
         "dataloader_multiprocessing_context",
         "dataloader_in_order",
-        "dataset_num_proc",
-        "dataset_batch_size",
     ),
+    "rows are tokenised in batches on all cores, without further processes": ("dataset_num_proc", "dataset_batch_size"),
     "columns are recognised by their names, and labels come from rendering the chat": (
         "remove_unused_columns",
         "label_names",

@@ -72,8 +72,10 @@ def test_other_weights_rows_or_tokens_ask_again(
     assert sft("e") == "kept"
 
 
-def test_asked_anew_where_that_is_wanted(sft: Callable[..., str]) -> None:
-    assert [sft("a"), sft("b", "overwrite_cache=true"), sft("c")] == ["asked", "asked", "kept"]
+def test_asked_anew_where_that_is_wanted(sft: Callable[..., str], cache: Path) -> None:
+    assert sft("a", "load_from_cache_file=false") == "asked"
+    assert not cache.exists()
+    assert [sft("b"), sft("c", "load_from_cache_file=false"), sft("d")] == ["asked", "asked", "kept"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", None], ids=["empty", "cut", "other", "altered"])

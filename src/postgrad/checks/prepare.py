@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from postgrad.checks.rendered import render
 from postgrad.config import SFTConfig
 from postgrad.data.formats import prompt_key
 from postgrad.data.render import Rendered, Renderer
@@ -82,6 +83,7 @@ def prepare(
     limit: int,
     skip_bad: bool = False,
     problems: Sequence[DataError] = (),
+    note: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Render examples and check what comes out.
 
@@ -92,8 +94,11 @@ def prepare(
         limit: the model's context, used where ``config.max_length`` is not set.
         skip_bad: leave out rows that cannot be rendered, counted, instead of refusing.
         problems: rows left out before (while reading).
+        note: is told what a person may want to know, such as that tokens come from the cache.
     """
-    rendered, refused = _render_all(examples, renderer)
+    found = render(examples, renderer, config.load_from_cache_file, note)
+    rendered = [row if isinstance(row, Rendered) else None for row in found]
+    refused = [row for row in found if isinstance(row, DataError)]
     limit = min(config.max_length or limit, limit)
     counts: Counter[str] = Counter(rows=len(examples) + len(problems), dropped=len(problems))
     checks = [_rows_check(len(examples), problems, refused, skip_bad)]
@@ -184,18 +189,6 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         digest.update(sample.ids_T.tobytes())
         digest.update(sample.weights_T.tobytes())
     return digest.hexdigest()
-
-
-def _render_all(examples: Sequence[Example], renderer: Renderer) -> tuple[list[Rendered | None], list[DataError]]:
-    rendered: list[Rendered | None] = []
-    refused = []
-    for index, example in enumerate(examples):
-        try:
-            rendered.append(renderer.render(example, index))
-        except DataError as error:
-            rendered.append(None)
-            refused.append(error)
-    return rendered, refused
 
 
 def _rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[DataError], skip_bad: bool) -> Check:

@@ -120,7 +120,7 @@ def check(
 ) -> None:
     """All that is proved before a run, without the run: takes what 'sft' takes, trains nothing.
 
-    Exit code 3 where 'sft' would refuse. The verdict is also in checks.json and report.html of runs/NAME-check.
+    Exit code 3 where 'sft' would refuse, 4 where a loss is no number. The verdict is also in checks.json and report.html of runs/NAME-check.
 
     \b
       postgrad check -m smollm2-demo -d chats.jsonl

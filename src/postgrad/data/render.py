@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from postgrad.data.chat import has_reasoning, left_out, reasoning_of, render_text, tools_left_out
+from postgrad.data.encoding import Encoded, Encoder, adds_bos, token_span
 from postgrad.errors import DataError, ModelError
-from postgrad.types import Conversation, Example, Message, Sample, Source, TextRow, TokenRow
+from postgrad.types import Conversation, Example, Message, Sample, TextRow, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +65,19 @@ class Turn:
     piece: str
 
 
+@dataclass(slots=True)
+class Written:
+    """An example as text, before it is tokenised: what was counted, and each document of a chat with its trained turns.
+
+    A document without turns is trained on as a whole.
+    """
+
+    example: Example
+    index: int
+    result: Rendered
+    documents: list[tuple[str, list[Turn]]] = field(default_factory=list)
+
+
 class Renderer:
     """Turns examples into Samples with one tokenizer.
 
@@ -74,6 +89,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], options: RenderOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
+        self.encoder = Encoder(tokenizer)
         self.stop_ids = set(stop_ids)
         stops = sorted({str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids}, key=len, reverse=True)
         self.stop_pattern = re.compile("|".join(re.escape(token) for token in stops))
@@ -94,22 +110,48 @@ class Renderer:
         Raises:
             DataError: when the template refuses the row, or what it writes cannot be trained on.
         """
-        if isinstance(example, TokenRow):
-            ids = np.asarray(example.input_ids, dtype=np.int64)
-            weights = (np.asarray(example.labels) >= 0).astype(np.float32)
-            return Rendered([Sample(ids, weights, example.source, index)])
-        if isinstance(example, TextRow):
-            return self._render_text_row(example, index)
-        try:
-            return self._render_chat(example, index)
-        except ModelError as error:
-            raise DataError(
-                f"{error.message} on this row",
-                "change the row, or give another template with chat_template_path=FILE",
-                file=example.source.file,
-                row=example.source.row,
-                field="messages",
-            ) from None
+        (result,) = self.tokenise([self.write(example, index)])
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def write(self, example: Example, index: int) -> Written:
+        """The first half of :meth:`render`: what needs the template, and no tokenizer.
+
+        Raises:
+            DataError: when the template refuses the row, or what it writes cannot be trained on.
+        """
+        written = Written(example, index, Rendered([]))
+        if isinstance(example, Conversation):
+            try:
+                self._write_chat(example, written)
+            except ModelError as error:
+                raise DataError(
+                    f"{error.message} on this row",
+                    "change the row, or give another template with chat_template_path=FILE",
+                    file=example.source.file,
+                    row=example.source.row,
+                    field="messages",
+                ) from None
+        return written
+
+    def tokenise(self, rows: Sequence[Written | DataError]) -> list[Rendered | DataError]:
+        """The second half of :meth:`render`, for many rows at once.
+
+        Args:
+            rows: what :meth:`write` returned or raised.
+
+        Returns:
+            For each row what :meth:`render` would return or raise.
+        """
+        written = [row for row in rows if isinstance(row, Written)]
+        chats = [document for row in written for document in row.documents]
+        plain = [turn.prompt for _, turns in chats for turn in turns] + [text for text, turns in chats if not turns]
+        for row in written:
+            if isinstance(row.example, TextRow):
+                plain += [row.example.prompt, row.example.prompt + self._completion(row.example)]
+        encoded = Encoded(self.encoder, plain, [text for text, turns in chats if turns])
+        return [row if isinstance(row, DataError) else self._tokenise_row(row, encoded) for row in rows]
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The tokens that ``generate`` sees for an example's last answer.
@@ -123,11 +165,11 @@ class Renderer:
                 raise DataError("has no prompt to ask", file=example.source.file, row=example.source.row)
             return list(example.input_ids[:first])
         if isinstance(example, TextRow):
-            return self._with_bos(self._encode(example.prompt))
+            return self._with_bos(self.encoder.ids(example.prompt))
         last = max((i for i, m in enumerate(example.messages) if m["role"] == "assistant"), default=None)
         messages = example.messages if last is None else example.messages[:last]
         variables = self._variables(example, example.messages[-1 if last is None else last])
-        return self._encode(self._text(messages, True, example.tools, variables))
+        return self.encoder.ids(self._text(messages, True, example.tools, variables))
 
     def question_ids(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None, kwargs: dict[str, Any] | None = None
@@ -138,16 +180,17 @@ class Renderer:
             ModelError: when the template refuses the messages.
         """
         variables = {**self.options.template_kwargs, **(kwargs or {})}
-        return self._encode(self._text(messages, True, tools, variables))
+        return self.encoder.ids(self._text(messages, True, tools, variables))
 
     # -- chats --------------------------------------------------------------------------------------------------
 
-    def _render_chat(self, example: Conversation, index: int) -> Rendered:
+    def _write_chat(self, example: Conversation, written: Written) -> None:
         self._refuse_stop_inside(example)
-        result = Rendered([], special_text=sum(self._has_special(message) for message in example.messages))
+        result = written.result
+        result.special_text = sum(self._has_special(message) for message in example.messages)
         if not self.options.assistant_only_loss:
-            result.samples = [self._full_sequence(example, index)]
-            return result
+            written.documents = [(self._full_sequence(example), [])]
+            return
         chains: list[tuple[str, list[Turn]]] = []
         for position in reversed(self._trained_positions(example)):
             turn = self._turn(example, position, result)
@@ -157,9 +200,7 @@ class Renderer:
                 chains.append((text, [turn]))
             else:
                 chain[1].insert(0, turn)
-        for text, turns in reversed(chains):
-            result.samples.extend(self._tokenise(text, turns, example.source, index, result))
-        return result
+        written.documents = chains[::-1]
 
     def _trained_positions(self, example: Conversation) -> list[int]:
         given = 0 if self.options.completion_only_loss is False else example.given
@@ -217,15 +258,14 @@ class Renderer:
             f"and the conversation with {upto[shared : shared + 30]!r}",
         )
 
-    def _full_sequence(self, example: Conversation, index: int) -> Sample:
+    def _full_sequence(self, example: Conversation) -> str:
         unweighted = next((i for i, m in enumerate(example.messages) if m.get("weight", 1) != 1), None)
         if unweighted is not None:
             raise self._error(example, unweighted, "a message weight has no place where every token is trained")
         text = self._text(example.messages, False, example.tools, self._variables(example, example.messages[-1]))
         for position, message in enumerate(example.messages):
             self._refuse_missing(example, position, left_out(message, text))
-        ids = np.asarray(self._encode(text), dtype=np.int64)
-        return Sample(ids, np.ones(len(ids), dtype=np.float32), example.source, index)
+        return text
 
     def _text(
         self, messages: list[Message], prompt: bool, tools: list[dict[str, Any]] | None, variables: dict[str, Any]
@@ -281,85 +321,79 @@ class Renderer:
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
-    def _tokenise(self, text: str, turns: list[Turn], source: Source, index: int, result: Rendered) -> list[Sample]:
-        ids, offsets = self._encode_with_offsets(text)
+    def _tokenise_row(self, row: Written, encoded: Encoded) -> Rendered | DataError:
+        try:
+            row.result.samples = self._samples(row, encoded)
+        except DataError as error:
+            return error
+        return row.result
+
+    def _samples(self, row: Written, encoded: Encoded) -> list[Sample]:
+        example = row.example
+        if isinstance(example, TokenRow):
+            return [self._sample(example.input_ids, (np.asarray(example.labels) >= 0).astype(np.float32), row)]
+        if isinstance(example, TextRow):
+            return [self._text_row(example, row, encoded)]
+        samples = []
+        for text, turns in row.documents:
+            samples += self._document(text, turns, row, encoded) if turns else [self._all_trained(text, row, encoded)]
+        return samples
+
+    def _document(self, text: str, turns: list[Turn], row: Written, encoded: Encoded) -> list[Sample]:
+        ids, offsets = encoded.with_offsets(text)
         weights = np.zeros(len(ids), dtype=np.float32)
         apart = []
         for turn in turns:
             start, end = len(turn.prompt), len(turn.prompt) + len(turn.piece)
-            prefix = self._encode(turn.prompt)
-            span = _token_span(offsets, start, end)
+            prefix = encoded.ids(turn.prompt)
+            span = token_span(offsets, start, end)
             agree = span is not None and span[0] == len(prefix) and ids[: len(prefix)] == prefix
             if span is None or not agree or ids[span[1] - 1] not in self.stop_ids:
-                apart.append(self._tokenise_apart(turn, source, index, result))
+                apart.append(self._apart(turn, row, encoded))
                 continue
             weights[span[0] : span[1]] = 1
-        whole = [Sample(np.asarray(ids, dtype=np.int64), weights, source, index)] if len(apart) < len(turns) else []
-        return whole + apart
+        return ([self._sample(ids, weights, row)] if len(apart) < len(turns) else []) + apart
 
-    def _tokenise_apart(self, turn: Turn, source: Source, index: int, result: Rendered) -> Sample:
-        prefix, piece = self._encode(turn.prompt), self._encode_after(turn.piece)
+    def _apart(self, turn: Turn, row: Written, encoded: Encoded) -> Sample:
+        prefix, piece = encoded.ids(turn.prompt), encoded.ids_after(turn.piece)
         if piece[-1] not in self.stop_ids:
             raise DataError(
                 f"the stop token is not one token at the end of the answer (ends in {piece[-3:]})",
                 "check the tokenizer's special tokens",
-                file=source.file,
-                row=source.row,
+                file=row.example.source.file,
+                row=row.example.source.row,
             )
-        result.split += 1
+        row.result.split += 1
         weights = np.zeros(len(prefix) + len(piece), dtype=np.float32)
         weights[len(prefix) :] = 1
-        return Sample(np.asarray(prefix + piece, dtype=np.int64), weights, source, index)
+        return self._sample(prefix + piece, weights, row)
 
-    def _render_text_row(self, row: TextRow, index: int) -> Rendered:
-        eos = self.tokenizer.eos_token
-        completion = row.completion if row.completion.endswith(eos) else row.completion + eos
-        result = Rendered([], special_text=int(self.special_pattern.search(row.prompt + row.completion) is not None))
-        prefix = self._with_bos(self._encode(row.prompt))
-        whole = self._with_bos(self._encode(row.prompt + completion))
+    def _all_trained(self, text: str, row: Written, encoded: Encoded) -> Sample:
+        ids = encoded.ids(text)
+        return self._sample(ids, np.ones(len(ids), dtype=np.float32), row)
+
+    def _text_row(self, example: TextRow, row: Written, encoded: Encoded) -> Sample:
+        completion = self._completion(example)
+        row.result.special_text = int(self.special_pattern.search(example.prompt + example.completion) is not None)
+        prefix = self._with_bos(encoded.ids(example.prompt))
+        whole = self._with_bos(encoded.ids(example.prompt + completion))
         if whole[: len(prefix)] != prefix:
-            whole = prefix + self._encode_after(completion)
-            result.split += 1
+            whole = prefix + encoded.ids_after(completion)
+            row.result.split += 1
         weights = np.ones(len(whole), dtype=np.float32)
-        if self.options.completion_only_loss is not False and row.prompt:
+        if self.options.completion_only_loss is not False and example.prompt:
             weights[: len(prefix)] = 0
-        result.samples = [Sample(np.asarray(whole, dtype=np.int64), weights, row.source, index)]
-        return result
+        return self._sample(whole, weights, row)
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    def _completion(self, example: TextRow) -> str:
+        eos = str(self.tokenizer.eos_token)
+        return example.completion if example.completion.endswith(eos) else example.completion + eos
 
-    def _encode_after(self, text: str) -> list[int]:
-        """Tokens of a text that continues another: without the space that some tokenizers put before a beginning."""
-        before, both = self._encode("\n"), self._encode("\n" + text)
-        return both[len(before) :] if both[: len(before)] == before else self._encode(text)
-
-    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-        if not self.tokenizer.is_fast:
-            return self._encode(text), None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(encoded.input_ids), encoded.offset_mapping
+    @staticmethod
+    def _sample(ids: list[int], weights: np.ndarray, row: Written) -> Sample:
+        return Sample(np.asarray(ids, dtype=np.int64), weights, row.example.source, row.index)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos is None or ids[:1] == [self.bos]:
             return ids
         return [self.bos, *ids]
-
-
-def _token_span(offsets: list[tuple[int, int]] | None, start: int, end: int) -> tuple[int, int] | None:
-    """Indices [first, last + 1) of the tokens of the characters [start, end); None where one straddles the start.
-
-    The last may reach beyond the end: some stop tokens take in the white space after them.
-    """
-    if offsets is None:
-        return None
-    inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < end]
-    if not inside or offsets[inside[0]][0] < start:
-        return None
-    return inside[0], inside[-1] + 1
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model expects BOS: its tokenizer puts one before plain text."""
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from postgrad.data.chat import render_text
-from postgrad.data.render import adds_bos
+from postgrad.data.encoding import adds_bos
 from postgrad.errors import CheckError, ConfigError, ModelError
 
 if TYPE_CHECKING:
