@@ -220,7 +220,12 @@ def test_trainer_resumes_in_the_same_process(tmp_path: Path, model_folder: Calla
     from postgrad.errors import Interrupted
 
     args = SFTConfig(
-        output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=6, bf16=False, max_new_tokens=4
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        bf16=False,
+        max_new_tokens=4,
+        rehearsal=False,  # the first gradient is then that of the first step
     )
     trainer = SFTTrainer(model_folder("llama"), args=args, train_dataset=tiny.chats(12))
     with pytest.MonkeyPatch.context() as patch:
