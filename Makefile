@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types docs bench clean
+.PHONY: setup demo test lint types docs bench audit clean
 
 setup: $(VENV)/.ready
 
@@ -33,5 +33,14 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
 
+# Known vulnerabilities of the pinned versions: a report that fails nothing, since a new entry is no change of ours.
+audit: .audit/.ready
+	-timeout 120 .audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off --timeout 20
+
+.audit/.ready:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .audit

@@ -6,9 +6,14 @@ Names are imported when they are first used, so that ``import postgrad`` and ``p
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# No telemetry, ours or that of the libraries; read by huggingface_hub when it is imported.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
 
 _PLACES = {
     "SFTConfig": "postgrad.config",

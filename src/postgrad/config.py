@@ -25,6 +25,7 @@ from pydantic import (
 
 from postgrad import trl_options
 from postgrad.errors import ConfigError
+from postgrad.redaction import holds_secret
 
 Interval = Literal["no", "steps", "epoch"]
 RESERVED_TEMPLATE_VARIABLES = {
@@ -192,6 +193,16 @@ class SFTConfig(BaseModel):
                 except ValueError:
                     return value
         return value
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        held = [name for name, value in self.model_dump(mode="json").items() if holds_secret(value)]
+        if held:
+            raise ValueError(
+                f"{held[0]} holds what looks like a password or an access token, and settings are written to "
+                "config.yaml: give it in an environment variable, such as HF_TOKEN"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from postgrad import tables
+from postgrad.redaction import redact
 from postgrad.types import StepResult
 
 
@@ -34,7 +35,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Say something once."""
-        self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(redact(text), style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def run(self, path: Path, instead_of: Path | None) -> None:
         """Say where the run is written, and that another name was taken where the wanted one was in use."""

@@ -10,6 +10,7 @@ import torch
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
+from postgrad.redaction import redact
 from postgrad.runs import Run
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
@@ -75,7 +76,8 @@ def find_checkpoint(run: Run, display: Display) -> tuple[Path | None, list[str]]
 
 def computed(config: SFTConfig) -> dict[str, Any]:
     """The settings that decide what is computed."""
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_COMPUTED}
+    values: dict[str, Any] = redact(config.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if key not in NOT_COMPUTED}
 
 
 def restore(

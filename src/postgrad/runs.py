@@ -29,6 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from postgrad.errors import ConfigError, DataError
+from postgrad.redaction import redact
 
 COMPLETE = "complete"
 
@@ -162,16 +163,16 @@ class Run:
     # -- writing ------------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file in one piece; NaN and infinities become null."""
-        write_atomic(self.path / name, json.dumps(clean(value), ensure_ascii=False, indent=2) + "\n")
+        """Write a JSON file in one piece; NaN and infinities become null, secrets "…"."""
+        write_atomic(self.path / name, json.dumps(redact(clean(value)), ensure_ascii=False, indent=2) + "\n")
 
     def update_environment(self, **values: Any) -> None:
         """Add to ``environment.json``."""
         self.write_json("environment.json", {**self.read_json("environment.json", {}), **values})
 
     def write_yaml(self, name: str, value: Any) -> None:
-        """Write a YAML file in one piece."""
-        write_atomic(self.path / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+        """Write a YAML file in one piece, without secrets."""
+        write_atomic(self.path / name, yaml.safe_dump(redact(value), sort_keys=False, allow_unicode=True))
 
     def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write a JSONL file in one piece."""
@@ -190,7 +191,7 @@ class Run:
 
     def event(self, kind: str, **values: Any) -> None:
         """Record that something happened."""
-        self.append("events.jsonl", {"time": time.time(), "event": kind, **values})
+        self.append("events.jsonl", redact({"time": time.time(), "event": kind, **values}))
 
     # -- reading ------------------------------------------------------------------------------------------------
 

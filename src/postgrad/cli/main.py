@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 from postgrad.cli import data, models, runs
 from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, print_checks, settings
 from postgrad.errors import ConfigError, PostgradError
+from postgrad.redaction import redact
 
 if TYPE_CHECKING:
     from postgrad.config import RunConfig
@@ -120,7 +122,8 @@ def check(
 ) -> None:
     """All that is proved before a run, without the run: takes what 'sft' takes, trains nothing.
 
-    Exit code 3 where 'sft' would refuse, 4 where a loss is no number. The verdict is also in checks.json and report.html of runs/NAME-check.
+    Exit code 3 where 'sft' would refuse, 4 where a loss is no number. The verdict is also in checks.json and
+    report.html of runs/NAME-check.
 
     \b
       postgrad check -m smollm2-demo -d chats.jsonl
@@ -210,6 +213,13 @@ def _finish(outcome: Any, as_json: bool) -> None:
     print(f"report  {outcome.report}")
 
 
+def _unexpected() -> int:
+    """A mistake of ours: the whole traceback, without secrets."""
+    print(redact(traceback.format_exc()), file=sys.stderr, end="")
+    print("  → this is a mistake in postgrad: please report it with the lines above", file=sys.stderr)
+    return 1
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
@@ -229,17 +239,19 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except PostgradError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            return _unexpected()
+        print(redact(f"error: {error}"), file=sys.stderr)
         print("  → use a smaller model, a smaller token_budget, or gradient_checkpointing=true", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 1
+    except Exception:
+        return _unexpected()
     finally:
         for signum, handler in previous:
             signal.signal(signum, handler)

@@ -6,13 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from postgrad.errors import ModelError
-from postgrad.limits import time_limit
+from postgrad.limits import memory_limit, time_limit
 from postgrad.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_SECONDS = 10.0
+RENDER_BYTES = 4 * 2**30
 MAX_RENDERED = 100_000_000
 
 
@@ -34,12 +35,12 @@ def render_text(
         variables: further template variables.
 
     Raises:
-        ModelError: when the template raises, takes longer than 10 seconds, or writes more than 100 MB. A template
-            is a program of its author, so any exception may come out of it.
+        ModelError: when the template raises, takes longer than 10 seconds, asks for more than 4 GiB, or writes more
+            than 100 MB. A template is a program of its author, so any exception may come out of it.
     """
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
-        with time_limit(RENDER_SECONDS, "rendering"):
+        with time_limit(RENDER_SECONDS, "rendering"), memory_limit(RENDER_BYTES):
             text = tokenizer.apply_chat_template(
                 plain,
                 tokenize=False,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from postgrad.errors import PostgradError
 from postgrad.model.packed import weights_in
 from postgrad.model.quiet import quiet
+from postgrad.redaction import redact
 from postgrad.runs import write_atomic
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def write_card(folder: Path, card: str) -> None:
     """Put a model card beside a saved model."""
-    write_atomic(folder / "README.md", card)
+    write_atomic(folder / "README.md", redact(card))
 
 
 @torch.no_grad()

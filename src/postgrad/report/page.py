@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from postgrad.config import RunConfig
 from postgrad.errors import DataError
+from postgrad.redaction import redact
 from postgrad.report.charts import Series, histogram, line_chart, thin
 from postgrad.report.pairs import held_out, pair_rows
 from postgrad.report.text import (
@@ -26,7 +27,6 @@ from postgrad.report.text import (
     plain,
     points,
     rate,
-    redact,
     short,
     signed,
     tokens_text,
