@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 TOOK_LONGER = "took longer than"
@@ -43,7 +42,8 @@ def memory_limit(more_bytes: int) -> Iterator[None]:
     try:
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            pages = int(file.read().split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     except (ImportError, OSError):
         yield

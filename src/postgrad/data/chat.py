@@ -50,7 +50,8 @@ def render_text(
             )
     except Exception as error:
         raise ModelError(
-            f"the chat template fails: {error or type(error).__name__}", "give another with chat_template_path=FILE"
+            f"the chat template fails: {str(error) or type(error).__name__}",
+            "give another with chat_template_path=FILE",
         ) from None
     if len(text) > MAX_RENDERED:
         raise ModelError(f"the chat template wrote {len(text):,} characters", "give another: chat_template_path=FILE")
