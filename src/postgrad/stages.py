@@ -14,6 +14,7 @@ import torch
 from postgrad import __version__, baseline
 from postgrad.checks.disk import disk_check
 from postgrad.checks.prepare import Check, Prepared, add_check, overlap_check, prepare, report, require
+from postgrad.checks.quality import quality_checks
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.load import LoadedData, load_examples
 from postgrad.data.questions import read_questions
@@ -144,6 +145,7 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
     freeze_template(config, tokenizer, data.examples)
     renderer = make_renderer(config, tokenizer, chat)
     prepared = prepare(data.examples, renderer, config, limit=context, skip_bad=config.skip_bad, problems=data.problems)
+    prepared.checks += _quality(config, prepared, None, renderer)
     return prepared, renderer
 
 
@@ -205,7 +207,8 @@ def check(
         heldout = prepare(data.heldout, renderer, config, limit=limit, skip_bad=skip_bad)
         more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
         more.append(overlap_check(prepared.examples, heldout.examples))
-    if run is not None:
+    if run is not None:  # rows that are only scored are not looked at
+        more += _quality(config, prepared, heldout, renderer)
         content = report(prepared, renderer, more)
         split = {"rows": len(data.heldout), "how": data.heldout_how}
         facts = describe(loaded)
@@ -348,6 +351,16 @@ def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comp
         settings=settings,
         comparison=comparison,
         version=__version__,
+    )
+
+
+def _quality(config: SFTConfig, train: Prepared, heldout: Prepared | None, renderer: Renderer) -> list[Check]:
+    return quality_checks(
+        train.examples,
+        heldout.examples if heldout else [],
+        read_questions(config.questions),
+        train.samples,
+        renderer.special_pattern,
     )
 
 

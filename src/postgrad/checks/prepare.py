@@ -19,6 +19,7 @@ from postgrad.data.render import Rendered, Renderer
 from postgrad.data.show import token_view
 from postgrad.errors import CheckError, DataError
 from postgrad.evaluate import shown
+from postgrad.redaction import hide, secret_kinds
 from postgrad.types import Example, Sample, TokenRow
 
 MOST_ROWS = 20
@@ -122,17 +123,17 @@ def prepare(
 
 
 def report(prepared: Prepared, renderer: Renderer, more: Sequence[Check] = ()) -> dict[str, Any]:
-    """The content of ``checks.json``."""
+    """The content of ``checks.json``; what looks like a secret is not in it."""
     preview = []
     for example in prepared.examples[:PREVIEW_ROWS]:
         prompt, response = shown(example)
-        preview.append({"source": str(example.source), "prompt": prompt, "response": response})
+        preview.append({"source": str(example.source), "prompt": hide(prompt), "response": hide(response)})
     return {
         "checks": [asdict(check) for check in [*prepared.checks, *more]],
         "counts": prepared.counts,
         "lengths": prepared.lengths,
         "preview": preview,
-        "tokens": [token_view(sample, renderer.tokenizer) for sample in prepared.samples[:TOKEN_VIEWS]],
+        "tokens": _token_views(prepared.samples, renderer),
     }
 
 
@@ -183,6 +184,17 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         digest.update(sample.ids_T.tobytes())
         digest.update(sample.weights_T.tobytes())
     return digest.hexdigest()
+
+
+def _token_views(samples: Sequence[Sample], renderer: Renderer) -> list[dict[str, Any]]:
+    """The first documents without a secret: hidden tokens would no longer be the exact ones."""
+    views: list[dict[str, Any]] = []
+    for sample in samples:
+        if len(views) == TOKEN_VIEWS:
+            break
+        if not secret_kinds(str(renderer.tokenizer.decode(sample.ids_T.tolist()))):
+            views.append(token_view(sample, renderer.tokenizer))
+    return views
 
 
 def _render_all(examples: Sequence[Example], renderer: Renderer) -> tuple[list[Rendered | None], list[DataError]]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from postgrad.config import RunConfig
 from postgrad.errors import DataError
+from postgrad.redaction import hide, redact
 from postgrad.report.charts import Series, histogram, line_chart, thin
 from postgrad.report.pairs import held_out, pair_rows
 from postgrad.report.text import (
@@ -26,7 +27,6 @@ from postgrad.report.text import (
     plain,
     points,
     rate,
-    redact,
     short,
     signed,
     tokens_text,
@@ -114,7 +114,7 @@ def collect(run: Run) -> Row:
     events = redact(files.rows("events.jsonl"))
     environment, config = redact(environment), redact(config)
     checks["checks"] = redact(checks.get("checks") or [])
-    pairs = pair_rows(before, after)
+    pairs = hide(pair_rows(before, after))
     logged = [row for row in metrics if "loss" in row]
     measured = [row for row in metrics if "eval_loss" in row]
     status = environment.get("status")

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|sk-|ghp_|ms-)[A-Za-z0-9_-]{16,}")
 CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
 VISIBLE = CONTROL | {ord(" "): "·", ord("\u00a0"): "⍽", ord("\t"): "⇥\t", ord("\n"): "⏎\n", ord("\r"): "␍"}
-
-
-def redact(value: Any) -> Any:
-    """Replace what looks like a password in a URL or an access token."""
-    if isinstance(value, dict):
-        return {key: redact(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redact(item) for item in value]
-    return SECRET.sub("…", value) if isinstance(value, str) else value
 
 
 def flat(value: Any) -> str:

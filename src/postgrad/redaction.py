@@ -1,0 +1,93 @@
+"""What looks like a password or an access token, so that it can be found, named and hidden.
+
+A pattern asks for the shape that a service gives its tokens, or for a value that no example would have. So a name in
+code such as ``hf_model_name`` or ``password=os.environ[…]`` is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+_MIXED = r"(?=[\w-]*\d)(?=[\w-]*[A-Z])"  # a random token has both; words joined with hyphens have not
+KINDS: dict[str, re.Pattern[str]] = {
+    "private key": re.compile(
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
+    ),
+    "JSON web token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})"),
+    "Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "ModelScope token": re.compile(r"\bms-[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b"),
+    "OpenAI or Anthropic key": re.compile(rf"\bsk-{_MIXED}[\w-]{{20,}}"),
+    "Slack token": re.compile(r"\bxox[abeoprs]-(?=[\w-]*\d)[\w-]{10,}"),
+    "Google key": re.compile(r"\bAIza[\w-]{35}"),
+    "Stripe key": re.compile(r"\b[sr]k_live_[A-Za-z0-9]{16,}"),
+    "password in a URL": re.compile(r"(?<=://)[^/\s:@<>{}$*]{1,64}:[^/\s:@<>{}$*]{1,128}(?=@)"),
+    "password": re.compile(
+        r"\b(?:password|passwd|pwd|secret|api_?key|access_?token|auth_?token)[\"']?\s*[:=]\s*[\"']?"
+        r"(?=[^\s\"',;]*\d)(?=[^\s\"',;]*[A-Za-z])(?P<value>[^\s\"',;()<>{}\[\]$]{8,})(?![\w(\[])",
+        re.IGNORECASE,
+    ),
+}
+_BROAD = re.compile(r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|sk-|ghp_|ms-)[A-Za-z0-9_-]{16,}")
+# A value with one of these words is an example, or is read from elsewhere.
+_EXAMPLE = re.compile(r"x{4}|\*{3}|\.{3}|example|your|change|placeholder|dummy|1234|env|:pass(?:word)?$", re.IGNORECASE)
+
+
+def secret_kinds(text: str) -> Counter[str]:
+    """Count what looks like a secret.
+
+    Args:
+        text: any text.
+
+    Returns:
+        How many of each kind; the secrets themselves are not in it.
+    """
+    found: Counter[str] = Counter()
+    for kind, pattern in KINDS.items():
+        found[kind] += sum(_is_secret(match) for match in pattern.finditer(text))
+    return +found
+
+
+def hide(value: Any) -> Any:
+    """Put "…" in place of what :func:`secret_kinds` counts, in every text of a value.
+
+    Args:
+        value: text, or lists and dictionaries of it; anything else is returned as it is.
+    """
+    if isinstance(value, dict):
+        return {key: hide(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hide(item) for item in value]
+    if isinstance(value, str):
+        for pattern in KINDS.values():
+            value = pattern.sub(_hidden, value)
+    return value
+
+
+def redact(value: Any) -> Any:
+    """As :func:`hide`, on weaker grounds: anything that starts like a token, and any user name in a URL.
+
+    For settings and log lines of the program itself, where nobody misses what is hidden in vain.
+    """
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    return _BROAD.sub("…", hide(value)) if isinstance(value, str) else value
+
+
+def _is_secret(match: re.Match[str]) -> bool:
+    groups = match.groupdict()
+    value = groups["value"] if groups else match[0]
+    named = bool(groups) or ":" in match[0]  # whatever has a service's own shape is taken at its word
+    return not (named and "BEGIN" not in value and _EXAMPLE.search(value))
+
+
+def _hidden(match: re.Match[str]) -> str:
+    if not _is_secret(match):
+        return match[0]
+    value = match.groupdict().get("value") or match[0]
+    return match[0].replace(value, "…")
