@@ -6,6 +6,7 @@ model (Lui & Baldwin 2012). Short texts, mathematics and code have no language h
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -28,12 +29,20 @@ MANY_SHARE = 0.05
 LEAST_LETTERS, LEAST_SIGNS = 60, 12
 SURE = 0.99
 MOST_LETTERS = 1000
+# No other language has so many of the commonest English words. Most texts need no more than this, and no model loaded.
+ENGLISH_SHARE = 0.08
+# Some seconds of work. With more rows a part is looked at, and the message says so.
+LOOKED_AT = 20_000
 
 _CODE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|https?://\S+|<[^<>\n]+>", re.DOTALL
 )
 # A line with these is code, whatever words it has.
 _CODE_LINE = re.compile(r"[{};=<>|\\]|\w\(|_\w|^\s*(?:(?:import|from|def|class|return)\b|#|//|\$)", re.MULTILINE)
+_NO_LETTER = re.compile(r"[\W\d_]+")
+_ENGLISH = re.compile(
+    r"\b(?:the|of|and|or|that|which|with|this|from|are|its|what|while|when|their|into)\b", re.IGNORECASE
+)
 _NAMES = {
     "CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean", "CYRILLIC": "Cyrillic script",
     "ARABIC": "Arabic script", "GREEK": "Greek", "HEBREW": "Hebrew", "THAI": "Thai", "DEVANAGARI": "Devanagari script",
@@ -52,16 +61,19 @@ def language_check(examples: Sequence[Example]) -> Check:
     Args:
         examples: training rows.
     """
-    known = [(example, name) for example in examples if (name := language(example)) is not None]
+    step = math.ceil(len(examples) / LOOKED_AT) or 1
+    looked = examples[::step]
+    known = [(example, name) for example in looked if (name := language(example)) is not None]
     counts = Counter(name for _, name in known)
     strays = {name for name, count in counts.items() if count < STRAY_SHARE * len(known)}
     found = [(example, f"its answer is in {name}") for example, name in known if name in strays]
-    evidence: dict[str, Any] = {"languages": dict(counts.most_common()), "unknown": len(examples) - len(known)}
+    evidence: dict[str, Any] = {"languages": dict(counts.most_common()), "unknown": len(looked) - len(known)}
+    sampled = f" (looking at one row in {step})" if step > 1 else ""
     passing = "no row has enough words to tell its language"
     if known:
         main = [f"{name} {count / len(known):.0%}" for name, count in counts.most_common() if name not in strays]
         passing = ", ".join(main[:5]) or f"{len(counts)} languages, each of few rows"
-        passing += f", of {len(known):,} rows long enough to tell"
+        passing += f", of {len(known):,} rows long enough to tell{sampled}"
     if len(found) > MANY_SHARE * len(known):
         message = f"{passing}; {len(found):,} rows in {len(strays)} languages of under {STRAY_SHARE:.0%} each"
         return Check("language", "pass", message, evidence={"rows": len(found), **evidence})
@@ -69,7 +81,7 @@ def language_check(examples: Sequence[Example]) -> Check:
         "language",
         found,
         passing=passing,
-        warning=f"{len(found):,} of {len(known):,} rows are in a language that hardly any other row has: "
+        warning=f"{len(found):,} of {len(known):,} rows{sampled} are in a language that hardly any other row has: "
         + ", ".join(f"{name} {counts[name]}" for name in sorted(strays, key=lambda name: (-counts[name], name))[:5]),
         cure="look whether they are meant; remove them, or add more rows of that language",
         evidence=evidence,
@@ -85,11 +97,11 @@ def language(example: Example) -> str | None:
 def _language(text: str) -> str | None:
     lines = [line for line in text.splitlines() if not _CODE_LINE.search(line)]
     text = "\n".join(lines)
-    letters = [sign for sign in text if sign.isalpha()][:MOST_LETTERS]
-    scripts = Counter(map(_script, letters))
-    if not scripts:
+    letters = _NO_LETTER.sub("", text)[:MOST_LETTERS]
+    scripts = Counter({"LATIN": len(letters)} if letters.isascii() else map(_script, letters))
+    if not letters:
         return None
-    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * (len(letters) or 1):
+    if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0.1 * len(letters):
         scripts["HIRAGANA"] += scripts.pop("CJK", 0) + scripts.pop("KATAKANA", 0)
     script, count = scripts.most_common(1)[0]
     if script != "LATIN":
@@ -98,6 +110,8 @@ def _language(text: str) -> str | None:
     others = len(letters) - count
     if count < LEAST_LETTERS or others > 0.2 * count:
         return None
+    if len(_ENGLISH.findall(text)) > ENGLISH_SHARE * len(text.split()):
+        return "English"
     name, sure = _identifier().classify(text[: 2 * MOST_LETTERS].casefold())
     return _LATIN[name] if sure >= SURE else None
 

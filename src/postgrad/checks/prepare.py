@@ -176,6 +176,13 @@ def overlap_check(train: Sequence[Example], heldout: Sequence[Example]) -> Check
     )
 
 
+def identity(example: Example) -> tuple[str, str]:
+    """Prompt and answer as text: rows of the same identity are duplicates."""
+    if isinstance(example, TokenRow):
+        return "", f"{example.input_ids} {example.labels}"
+    return prompt_key(example), shown(example)[1]
+
+
 def fingerprint(samples: Sequence[Sample]) -> str:
     """SHA-256 over every Sample's example, token ids and weights."""
     digest = hashlib.sha256()
@@ -360,8 +367,7 @@ def _duplicates(examples: Sequence[Example]) -> Check:
     first: dict[tuple[str, str], Example] = {}
     again = []
     for example in examples:
-        key = (prompt_key(example), shown(example)[1])
-        known = first.setdefault(key, example)
+        known = first.setdefault(identity(example), example)
         if known.source != example.source:
             again.append(example)
     if not again:

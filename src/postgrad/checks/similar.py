@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postgrad.checks.prepare import Check
+from postgrad.checks.prepare import Check, identity
 from postgrad.checks.texts import verdict
 from postgrad.data.formats import folded, prompt_key
 from postgrad.evaluate import shown
@@ -169,7 +169,7 @@ def _sample(rows: list[tuple[bool, Example]]) -> tuple[list[tuple[bool, Example]
     """Rows to compare, one of each that are equal, and words for the message where they are not all."""
     unique: dict[tuple[bool, str, str], tuple[bool, Example]] = {}
     for outside, example in rows:
-        unique.setdefault((outside, prompt_key(example), shown(example)[1]), (outside, example))
+        unique.setdefault((outside, *identity(example)), (outside, example))
     # Chosen by hash, so that the choice does not depend on the order of rows.
     keys = sorted(unique, key=lambda key: (zlib.crc32("\0".join(key[1:]).encode("utf-8", "replace")), key))
     kept: set[tuple[bool, str, str]] = set()
