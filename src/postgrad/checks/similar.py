@@ -67,52 +67,38 @@ def near_checks(train: Sequence[Example], heldout: Sequence[Example]) -> list[Ch
 
     Args:
         train: training rows; rows that repeat another exactly count once.
-        heldout: held-out rows; without any, the second check is left out.
+        heldout: held-out rows; without any, the second check is left out. Those with the prompt of a training row are
+            named by the check ``overlap``, and not here again.
 
     Returns:
         The checks ``near-duplicates`` and ``near-overlap``.
     """
-    rows, sampled = _sample([(False, e) for e in train] + [(True, e) for e in heldout])
-    portraits = _without_templates([_portrait(example) for _, example in rows])
-    within: dict[int, tuple[int, float]] = {}
-    across: dict[int, tuple[int, float]] = {}
-    proposed = _proposer(portraits)
-    for i, (outside, _) in enumerate(rows):
-        known = across if outside else within
-        for j in proposed(i) if i not in known else ():
-            if rows[j][0]:
-                continue
-            alike = _similarity(portraits[i], portraits[j])
-            if alike >= LEAST:
-                known[i] = (j, alike)
-                if not outside:
-                    within.setdefault(j, (i, alike))
-                break
-    found = [
-        [
-            (rows[i][1], f"nearly the same as {rows[j][1].source} ({alike:.0%} alike)")
-            for i, (j, alike) in sorted(part.items())
-        ]
-        for part in (within, across)
-    ]
+    prompts = {prompt_key(example) for example in train}
+    apart = [example for example in heldout if prompt_key(example) not in prompts]
+    rows, sampled = _sample([(False, e) for e in train] + [(True, e) for e in apart])
+    found: dict[bool, list[tuple[Example, str]]] = {False: [], True: []}
+    for i, (j, alike) in sorted(_partners(rows).items()):
+        outside, example = rows[i]
+        found[outside].append((example, f"nearly the same as {rows[j][1].source} ({alike:.0%} alike)"))
     evidence = {"threshold": LEAST, "compared": len(rows)}
     checks = [
         verdict(
             "near-duplicates",
-            found[0],
+            found[False],
             passing=f"no row is nearly the same as another{sampled}",
-            warning=f"{len(found[0]):,} of {len(train):,} rows are nearly the same as another{sampled}",
+            warning=f"{len(found[False]):,} of {len(train):,} rows are nearly the same as another{sampled}",
             cure="keep one of each, or they count several times",
             evidence=evidence,
         )
     ]
     if heldout:
+        other = "other " if len(apart) < len(heldout) else ""
         checks.append(
             verdict(
                 "near-overlap",
-                found[1],
-                passing=f"no held-out row is nearly the same as a training row{sampled}",
-                warning=f"{len(found[1]):,} of {len(heldout):,} held-out rows are nearly the same as a training row"
+                found[True],
+                passing=f"no {other}held-out row is nearly the same as a training row{sampled}",
+                warning=f"{len(found[True]):,} of {len(heldout):,} held-out rows are nearly the same as a training row"
                 f"{sampled}: their scores prove little",
                 cure="remove them from one of the two",
                 evidence=evidence,
@@ -183,6 +169,25 @@ def _sample(rows: list[tuple[bool, Example]]) -> tuple[list[tuple[bool, Example]
     if len(kept) == len(unique):
         return chosen, ""
     return chosen, f" (in a sample of {len(kept):,} of {len(unique):,} different rows)"
+
+
+def _partners(rows: Sequence[tuple[bool, Example]]) -> dict[int, tuple[int, float]]:
+    """For each row that has one, a training row that is nearly the same, and how alike they are.
+
+    Whether a row has one does not depend on the order of rows; which of several is given does.
+    """
+    portraits = _without_templates([_portrait(example) for _, example in rows])
+    proposed = _proposer(portraits)
+    found: dict[int, tuple[int, float]] = {}
+    for i, (outside, _) in enumerate(rows):
+        for j in proposed(i) if i not in found else ():
+            alike = 0.0 if rows[j][0] else _similarity(portraits[i], portraits[j])
+            if alike >= LEAST:
+                found[i] = (j, alike)
+                if not outside:
+                    found.setdefault(j, (i, alike))
+                break
+    return found
 
 
 def _portrait(example: Example) -> Portrait:
