@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from postgrad.checking import Data, freeze_template, make_renderer
 from postgrad.checks.prepare import prepare, require
 from postgrad.config import RunConfig, load_config
 from postgrad.display import Display
@@ -17,7 +18,7 @@ from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
 from postgrad.model.template import is_frozen
 from postgrad.runs import Run
-from postgrad.stages import Data, freeze_template, load, load_data, make_exam, make_renderer
+from postgrad.stages import load, load_data, make_exam
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgrad.checking import Data, examine_rows, freeze_template, make_job, make_renderer, try_out
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
@@ -24,22 +25,7 @@ from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
 from postgrad.resuming import find_checkpoint, resumed_config
 from postgrad.runs import Run
-from postgrad.stages import (
-    Data,
-    ask_after,
-    ask_before,
-    conclude,
-    examine_rows,
-    fit,
-    freeze_template,
-    load,
-    load_data,
-    make_card,
-    make_exam,
-    make_job,
-    make_renderer,
-    try_out,
-)
+from postgrad.stages import ask_after, ask_before, conclude, fit, load, load_data, make_card, make_exam
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job
 

@@ -1,70 +1,42 @@
-"""The stages of a run, one function each, in the order in which :mod:`postgrad.pipeline` calls them."""
+"""The stages of a run, one function each, in the order in which :mod:`postgrad.pipeline` calls them.
+
+Stage 2, check, is :mod:`postgrad.checking`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from postgrad import __version__, baseline
-from postgrad.checks.disk import disk_check
-from postgrad.checks.isolation import isolation_check
-from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
-from postgrad.checks.rehearsal import rehearse
+from postgrad.checking import Data
+from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.data.load import LoadedData, load_examples
+from postgrad.data.load import load_examples
 from postgrad.data.questions import read_questions
-from postgrad.data.render import Renderer, RenderOptions, has_reasoning
+from postgrad.data.render import Renderer
 from postgrad.data.split import split_heldout
 from postgrad.display import Display
-from postgrad.errors import ConfigError, DataError, TrainingStopped
 from postgrad.evaluate import Exam, as_rows, compare, sit
 from postgrad.model.load import (
-    DTYPES,
     LoadedModel,
-    context_length,
-    describe,
     load_model,
-    load_tokenizer,
     weights_sha256,
 )
 from postgrad.model.packed import PackedModel
 from postgrad.model.save import model_card
-from postgrad.model.template import Chat, freeze_variables
 from postgrad.recording import write_config
-from postgrad.resuming import computed, restore
+from postgrad.resuming import restore
 from postgrad.runs import Run
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
-from postgrad.types import Conversation, Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(slots=True)
-class Data:
-    """The rows of a run.
-
-    Args:
-        train: what is trained on.
-        heldout: what is kept out, scored and asked; may be empty.
-        heldout_how: how the held-out part came about, in words.
-        facts: for ``environment.json``.
-        problems: rows left out while reading.
-    """
-
-    train: list[Example]
-    heldout: list[Example]
-    heldout_how: str
-    facts: dict[str, Any]
-    problems: list[DataError] = field(default_factory=list)
+    pass
 
 
 # -- 1. load ----------------------------------------------------------------------------------------------------
@@ -130,100 +102,6 @@ def load_data(config: RunConfig) -> Data:
     return Data(train_rows, heldout, how, facts, problems)
 
 
-# -- 2. check ---------------------------------------------------------------------------------------------------
-
-
-def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
-    """Render and check data for a model without loading its weights: ``postgrad data check``."""
-    tokenizer, chat, context = load_tokenizer(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        chat_template_path=config.chat_template_path,
-        eos_token=config.eos_token,
-        pad_token=config.pad_token,
-    )
-    freeze_template(config, tokenizer, data.examples)
-    renderer = make_renderer(config, tokenizer, chat)
-    options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
-    prepared = prepare(data.examples, renderer, config, limit=context, **options)
-    return prepared, renderer
-
-
-def freeze_template(
-    config: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    run: Run | None = None,
-    today: date | None = None,
-) -> None:
-    """Write the run's template variables into the tokenizer's template.
-
-    Args:
-        config: the variables that were set.
-        tokenizer: its template is changed in place.
-        examples: training rows; whether they reason decides the thinking mode where it is not set.
-        run: records the variables, and gives back the date of an interrupted run.
-        today: the date to freeze; default: the run's, or today's.
-    """
-    recorded_choices = run.read_json("environment.json", {}).get("template", {}) if run else {}
-    today = today or date.fromisoformat(recorded_choices.get("date", date.today().isoformat()))
-    thinking = config.enable_thinking if config.enable_thinking is not None else _mostly_reasoning(examples)
-    frozen = freeze_variables(tokenizer, today=today, enable_thinking=thinking, variables=config.chat_template_kwargs)
-    if run is not None:
-        run.update_environment(template={"date": today.isoformat(), "variables": frozen})
-
-
-def make_renderer(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Renderer:
-    """What renders examples and questions as the configuration says."""
-    options = RenderOptions(
-        assistant_only_loss=config.assistant_only_loss,
-        completion_only_loss=config.completion_only_loss,
-        last_turn_only=config.last_turn_only,
-        enable_thinking=config.enable_thinking,
-        template_kwargs=config.chat_template_kwargs,
-    )
-    return Renderer(tokenizer, chat.stop_ids, options)
-
-
-def examine_rows(
-    config: SFTConfig, loaded: LoadedModel, data: Data, renderer: Renderer, run: Run | None, display: Display
-) -> tuple[Prepared, Prepared | None]:
-    """Render and check both parts of the data; refuse what cannot be right.
-
-    Raises:
-        CheckError: naming what is refused; ``checks.json`` and ``report.html`` are written first.
-    """
-    limit = context_length(loaded.model, loaded.tokenizer)
-    skip_bad = isinstance(config, RunConfig) and config.skip_bad
-    if config.max_length is not None and config.max_length > limit:
-        raise ConfigError(
-            f"max_length={config.max_length:,} is more than the model's context of {limit:,} tokens", "lower it"
-        )
-    if config.eval_strategy != "no" and not data.heldout:
-        raise ConfigError("eval_strategy needs held-out data", "give eval_dataset, or eval_strategy=no")
-    options: dict[str, Any] = {"limit": limit, "skip_bad": skip_bad, "note": display.note}
-    prepared = prepare(data.train, renderer, config, problems=data.problems, **options)
-    heldout, more = None, [Check("options", "pass", note) for note in config.notes]
-    if data.heldout:
-        heldout = prepare(data.heldout, renderer, config, **options)
-        more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
-        more.append(overlap_check(prepared.examples, heldout.examples))
-    if run is not None:
-        content = report(prepared, renderer, more)
-        split = {"rows": len(data.heldout), "how": data.heldout_how}
-        facts = describe(loaded)
-        run.write_json("checks.json", content)
-        run.update_environment(data={"train": data.facts, "heldout": split}, model=facts)
-        display.model(facts)
-        display.data(content, split)
-    for item in [*prepared.checks, *more]:
-        if item.status == "warn":
-            display.note(f"warning: {item.name}: {item.message}")
-    require([*prepared.checks, *more])
-    return prepared, heldout
-
-
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------
 
 
@@ -278,70 +156,6 @@ def _ask(exam: Exam, packed: PackedModel, token_budget: int, when: str, display:
 # -- 4. train ---------------------------------------------------------------------------------------------------
 
 
-def make_job(
-    config: SFTConfig,
-    loaded: LoadedModel,
-    prepared: Prepared,
-    heldout: Prepared | None,
-    packed: PackedModel,
-    choices: dict[str, Any],
-    run: Run,
-    display: Display,
-) -> Job:
-    """What the loop needs, with the fingerprints that a resume compares."""
-    identity = {
-        "data": prepared.fingerprint,
-        "heldout": heldout.fingerprint if heldout else None,
-        "model": run.read_json("environment.json")["model"]["sha256"],
-        "template": loaded.tokenizer.chat_template,
-        "choices": {
-            **{k: v for k, v in choices.items() if k not in ("reason", "compile_note", "memory")},
-            "device": str(loaded.model.device),
-        },
-        "config": computed(config),
-    }
-    return Job(
-        packed=packed,
-        samples=prepared.samples,
-        eval_samples=heldout.samples if heldout else [],
-        config=config,
-        run=run,
-        compute_dtype=DTYPES[choices["compute_dtype"]],
-        identity=identity,
-        display=display,
-    )
-
-
-def try_out(job: Job, choices: dict[str, Any]) -> None:
-    """Look at the disk, and do the run's largest step once and undo it, before anything is asked.
-
-    Args:
-        job: the run.
-        choices: how the model is computed; the token budget becomes lower where memory ran out.
-
-    Raises:
-        CheckError: naming what is refused.
-        TrainingStopped: where the loss of the largest step is no number.
-    """
-    run, config, order = job.run, job.config, DataOrder(len(job.by_example), job.config)
-    checks = [
-        isolation_check(job.packed),
-        disk_check(run.path, job.packed.model, config, order.total_steps, order.steps_per_epoch),
-    ]
-    if config.rehearsal and not any(item.status == "refuse" for item in checks):
-        found, choices["token_budget"] = rehearse(job, choices["token_budget"], config.save_strategy != "no")
-        checks += found
-    run.update_environment(choices=choices)
-    run.write_json("checks.json", add_checks(run.read_json("checks.json"), checks))
-    for item in checks:
-        if item.status == "warn" or item.name == "forecast":
-            job.display.note(f"{'warning: ' if item.status == 'warn' else ''}{item.name}: {item.message}")
-    for item in checks:
-        if item.name == "rehearsal" and item.status == "refuse":
-            raise TrainingStopped(item.message, item.cure)
-    require(checks)
-
-
 def fit(job: Job, choices: dict[str, Any], resume_from: Path | None) -> tuple[LoopState, int, float]:
     """Train; return the final state, the steps planned and the seconds it took."""
     order = DataOrder(len(job.by_example), job.config)
@@ -384,20 +198,3 @@ def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comp
         comparison=comparison,
         version=__version__,
     )
-
-
-def _heldout(item: Check) -> Check:
-    return Check(
-        f"heldout-{item.name}", item.status, f"held-out rows: {item.message}", item.cure, item.rows, item.evidence
-    )
-
-
-def _mostly_reasoning(examples: Sequence[Example]) -> bool:
-    turns = [
-        message
-        for example in examples
-        if isinstance(example, Conversation)
-        for message in example.messages
-        if message["role"] == "assistant"
-    ]
-    return bool(turns) and sum(map(has_reasoning, turns)) * 2 >= len(turns)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from postgrad import trl_options
+from postgrad.checking import Data, examine_rows, make_renderer
 from postgrad.config import SFTConfig
 from postgrad.data.load import build_examples, from_dataset
 from postgrad.display import Display
@@ -25,7 +26,7 @@ from postgrad.model.template import prepare_chat
 from postgrad.pipeline import Outcome, fine_tune
 from postgrad.recording import recorded
 from postgrad.runs import Run
-from postgrad.stages import Data, examine_rows, make_card, make_renderer
+from postgrad.stages import make_card
 from postgrad.train import checkpoint
 
 if TYPE_CHECKING:

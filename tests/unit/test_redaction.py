@@ -21,8 +21,8 @@ from program import SMALL, Result
 
 SECRETS = [
     "hf_" + "a1B2" * 8,
-    "sk-" + "proj-9x8y7z" * 3,
-    "ghp_" + "0123456789abcdef" * 2,
+    "sk-" + "proj-9X8y7z" * 3,
+    "ghp_" + "0123456789abcdefABCD" * 2,
     "AKIA" + "ABCDEFGHIJKLMNOP",
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
 ]
@@ -32,7 +32,7 @@ HELD = "a-password-of-the-environment"
 @pytest.mark.parametrize("secret", SECRETS)
 def test_known_forms(secret: str) -> None:
     assert redact(f"error: {secret}: no") == "error: …: no"
-    assert redact({"a": [secret, 1, None], "b": (secret,)}) == {"a": ["…", 1, None], "b": ["…"]}
+    assert redact({"a": [secret, 1, None], "b": {"c": secret}}) == {"a": ["…", 1, None], "b": {"c": "…"}}
     assert holds_secret({"a": [secret]})
 
 
@@ -45,7 +45,7 @@ def test_known_forms(secret: str) -> None:
     ],
 )
 def test_addresses_and_headers(text: str, expected: str) -> None:
-    assert redact(text) == expected and holds_secret(text)
+    assert redact(text) == expected
 
 
 @pytest.mark.parametrize(

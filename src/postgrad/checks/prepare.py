@@ -20,6 +20,7 @@ from postgrad.data.render import Rendered, Renderer
 from postgrad.data.show import token_view
 from postgrad.errors import CheckError, DataError
 from postgrad.evaluate import shown
+from postgrad.redaction import hide, secret_kinds
 from postgrad.types import Example, Sample, TokenRow
 
 MOST_ROWS = 20
@@ -127,17 +128,17 @@ def prepare(
 
 
 def report(prepared: Prepared, renderer: Renderer, more: Sequence[Check] = ()) -> dict[str, Any]:
-    """The content of ``checks.json``."""
+    """The content of ``checks.json``; what looks like a secret is not in it."""
     preview = []
     for example in prepared.examples[:PREVIEW_ROWS]:
         prompt, response = shown(example)
-        preview.append({"source": str(example.source), "prompt": prompt, "response": response})
+        preview.append({"source": str(example.source), "prompt": hide(prompt), "response": hide(response)})
     return {
         "checks": [asdict(check) for check in [*prepared.checks, *more]],
         "counts": prepared.counts,
         "lengths": prepared.lengths,
         "preview": preview,
-        "tokens": [token_view(sample, renderer.tokenizer) for sample in prepared.samples[:TOKEN_VIEWS]],
+        "tokens": _token_views(prepared.samples, renderer),
     }
 
 
@@ -181,6 +182,13 @@ def overlap_check(train: Sequence[Example], heldout: Sequence[Example]) -> Check
     )
 
 
+def identity(example: Example) -> tuple[str, str]:
+    """Prompt and answer as text: rows of the same identity are duplicates."""
+    if isinstance(example, TokenRow):
+        return "", f"{example.input_ids} {example.labels}"
+    return prompt_key(example), shown(example)[1]
+
+
 def fingerprint(samples: Sequence[Sample]) -> str:
     """SHA-256 over every Sample's example, token ids and weights."""
     digest = hashlib.sha256()
@@ -189,6 +197,17 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         digest.update(sample.ids_T.tobytes())
         digest.update(sample.weights_T.tobytes())
     return digest.hexdigest()
+
+
+def _token_views(samples: Sequence[Sample], renderer: Renderer) -> list[dict[str, Any]]:
+    """The first documents without a secret: hidden tokens would no longer be the exact ones."""
+    views: list[dict[str, Any]] = []
+    for sample in samples:
+        if len(views) == TOKEN_VIEWS:
+            break
+        if not secret_kinds(str(renderer.tokenizer.decode(sample.ids_T.tolist()))):
+            views.append(token_view(sample, renderer.tokenizer))
+    return views
 
 
 def _rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[DataError], skip_bad: bool) -> Check:
@@ -342,8 +361,7 @@ def _duplicates(examples: Sequence[Example]) -> Check:
     first: dict[tuple[str, str], Example] = {}
     again = []
     for example in examples:
-        key = (prompt_key(example), shown(example)[1])
-        known = first.setdefault(key, example)
+        known = first.setdefault(identity(example), example)
         if known.source != example.source:
             again.append(example)
     if not again:

@@ -94,10 +94,10 @@ def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = 
     ]
     refused = False
     if model is not None and examples:
-        from postgrad import stages
+        from postgrad import checking
         from postgrad.checks.prepare import report
 
-        prepared, renderer = stages.examine(config, loaded)
+        prepared, renderer = checking.examine(config, loaded)
         result.update(report(prepared, renderer))
         refused = bool(prepared.refusals)
     code = 2 if problems else 3 if refused else 0
@@ -133,12 +133,12 @@ def _load(data: str, items: list[str] | None, model: str | None, allow_empty: bo
 def _token_views(config: RunConfig, loaded: LoadedData, rows: int) -> list[dict[str, Any]]:
     from dataclasses import replace
 
-    from postgrad import stages
+    from postgrad import checking
     from postgrad.checks.prepare import require
     from postgrad.data.show import token_view
 
     few = replace(loaded, examples=loaded.examples[:rows])
-    prepared, renderer = stages.examine(config, few)
+    prepared, renderer = checking.examine(config, few)
     require(prepared.checks)
     return [token_view(sample, renderer.tokenizer) for sample in prepared.samples]
 

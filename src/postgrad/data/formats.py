@@ -32,7 +32,7 @@ from postgrad.data.tokens import IGNORED, TOKEN_COLUMNS, token_row
 from postgrad.errors import DataError
 from postgrad.types import Conversation, Example, TextRow
 
-__all__ = ["check_columns", "detect", "last_user_text", "normalise", "normalise_named", "prompt_key"]
+__all__ = ["check_columns", "detect", "folded", "last_user_text", "normalise", "normalise_named", "prompt_key"]
 
 _DEEPEST = 100
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -130,8 +130,12 @@ def prompt_key(example: Example) -> str:
     else:
         first = next(index for index, label in enumerate(example.labels) if label != IGNORED)
         text = " ".join(str(token) for token in example.input_ids[:first] or example.input_ids)
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())
+    return folded(text)
+
+
+def folded(text: str) -> str:
+    """Text so written that two spellings of it are equal: NFKC, case-folded, with single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def unused_message_keys(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from postgrad.config import RunConfig
 from postgrad.errors import DataError
-from postgrad.redaction import redact
+from postgrad.redaction import hide, redact
 from postgrad.report.charts import Series, histogram, line_chart, thin
 from postgrad.report.pairs import held_out, pair_rows
 from postgrad.report.text import (
@@ -115,7 +115,7 @@ def collect(run: Run) -> Row:
     events = redact(files.rows("events.jsonl"))
     environment, config = redact(environment), redact(config)
     checks["checks"] = redact(checks.get("checks") or [])
-    pairs = pair_rows(before, after)
+    pairs = hide(pair_rows(before, after))
     logged = [row for row in metrics if "loss" in row]
     measured = [row for row in metrics if "eval_loss" in row]
     status = environment.get("status")
