@@ -12,10 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 # A run that takes a moment: short answers, float32 so that numbers can be compared closely, and no rehearsal, so that
 # the n-th pass is that of the n-th step.
 SMALL = ("bf16=false", "max_new_tokens=4", "disable_tqdm=true", "rehearsal=false")
+
+
+def reliability(case: int, done: str, happened: str, trials: int = 1) -> pytest.MarkDecorator:
+    """Mark a test as proof of a row of ``docs/reliability.md``.
+
+    Args:
+        case: number of the fault there.
+        done: what the test does.
+        happened: what then happens.
+        trials: how often, all of the test's parameters together.
+    """
+    return pytest.mark.reliability(case=case, done=done, happened=happened, trials=trials)
 
 
 @dataclass(slots=True)
