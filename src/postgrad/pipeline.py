@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
+from postgrad.data.render import Renderer
 from postgrad.display import Display
 from postgrad.engine import choose
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.model.load import DTYPES, LoadedModel
+from postgrad.model.packed import PackedModel
 from postgrad.model.save import round_weights, save_model, write_card
 from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
@@ -59,6 +62,24 @@ class Outcome:
     seconds: float
     comparison: dict[str, Any] | None
     report: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a run trains with, once everything was checked.
+
+    Args:
+        renderer: what renders examples and questions.
+        prepared, heldout: Samples of the training and the held-out rows.
+        packed: the model, and how it is computed.
+        choices: the same as recorded.
+    """
+
+    renderer: Renderer
+    prepared: Prepared
+    heldout: Prepared | None
+    packed: PackedModel
+    choices: dict[str, Any]
 
 
 def sft(config: RunConfig, display: Display) -> Outcome:
@@ -125,12 +146,9 @@ def fine_tune(
         display: for people.
         resume_from: a checkpoint to continue from.
     """
-    with timed(run, "check"):
-        freeze_template(config, loaded.tokenizer, data.train, run)
-        renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
-        prepared, heldout = check(config, loaded, data, renderer, run, display)
-        packed, choices = choose(config, loaded, prepared, run, display, resume_from)
-    exam = make_exam(config, loaded, renderer, heldout)
+    ready = make_ready(config, loaded, data, run, display, resume_from)
+    prepared, heldout, packed, choices = ready.prepared, ready.heldout, ready.packed, ready.choices
+    exam = make_exam(config, loaded, ready.renderer, heldout)
     with timed(run, "before"):
         ask_before(config, exam, packed, choices["token_budget"], run, display)
     with timed(run, "train"):
@@ -147,3 +165,15 @@ def fine_tune(
         write_card(run.path / "model", make_card(config, loaded, data, run, comparison))
     run.update_environment(status="complete", finished=now())
     return Outcome(run, state, total_steps, seconds, comparison, write_report(run))
+
+
+def make_ready(
+    config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, display: Display, resume_from: Path | None
+) -> Ready:
+    """Render and check the rows, and choose how to compute; arguments as in :func:`fine_tune`."""
+    with timed(run, "check"):
+        freeze_template(config, loaded.tokenizer, data.train, run)
+        renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
+        prepared, heldout = check(config, loaded, data, renderer, run, display)
+        packed, choices = choose(config, loaded, prepared, run, display, resume_from)
+    return Ready(renderer, prepared, heldout, packed, choices)

@@ -22,6 +22,8 @@ NOT_COMPUTED = {
     "overwrite_cache",
     "logging_steps",
     "logging_first_step",
+    "spike_action",
+    "spike_threshold",
     "save_strategy",
     "save_steps",
     "save_total_limit",

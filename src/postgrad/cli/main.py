@@ -8,13 +8,16 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import data, models, runs
-from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, settings
-from postgrad.errors import ConfigError, PostgradError
+from postgrad.cli import data, models, runs, verify
+from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, run_config, settings
+from postgrad.errors import PostgradError
+
+if TYPE_CHECKING:
+    from postgrad.config import RunConfig
 
 HELP = """Post-training of causal language models that you can prove.
 
@@ -37,6 +40,7 @@ app.add_typer(data.app, name="data")
 app.command("ask")(models.ask)
 app.command("compare")(models.compare)
 app.command("runs")(runs.runs)
+app.command("verify-resume")(verify.verify_resume)
 
 DEMO: dict[str, Any] = {
     "run_name": "demo",
@@ -80,7 +84,9 @@ def demo(items: ITEMS = None, output_dir: OUT = None, as_json: JSON = False) -> 
       postgrad demo
       postgrad demo num_train_epochs=3 -o runs/longer
     """
-    _sft(None, {**DEMO, **settings(items, None, None, output_dir)}, as_json)
+    from postgrad.config import load_config
+
+    _sft(load_config(None, {**DEMO, **settings(items, None, None, output_dir)}), as_json)
 
 
 @app.command()
@@ -101,12 +107,7 @@ def sft(
 
     A word with '=' is an option, a word without is the config file. All options: docs/config.md.
     """
-    words = [*([config] if config else []), *(items or [])]
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
-    given = settings([word for word in words if "=" in word], model, dataset, output_dir)
-    _sft(files[0] if files else None, given, as_json)
+    _sft(run_config(config, items, model, dataset, output_dir), as_json)
 
 
 @app.command()
@@ -127,12 +128,7 @@ def resume(
     _finish(pipeline.resume(run, overrides, make_display(as_json)), as_json)
 
 
-def _sft(config_file: str | None, values: dict[str, Any], as_json: bool) -> None:
-    from postgrad.config import load_config
-
-    config = load_config(config_file, values)
-    if config.resume_from_checkpoint:
-        raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
+def _sft(config: RunConfig, as_json: bool) -> None:
     from postgrad import pipeline
 
     display = make_display(as_json, plain=config.disable_tqdm is True)
