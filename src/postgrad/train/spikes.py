@@ -3,7 +3,7 @@
 With median m and median absolute deviation MAD of the last steps, a value is a spike where it is above both
 
     m + threshold · 1.4826 · MAD    robust deviations; 1.4826 · MAD estimates σ (Hampel 1974, JASA 69)
-    m + 2 · (max − m)               twice as far from the middle as anything in the window
+    m + 3 · (max − m)               three times as far from the middle as anything in the window
 
 The second keeps rare hard rows quiet, which a small batch meets again and again. Gradient norms are judged by their
 logarithm, since they vary by factors. Only rises count: a sudden low loss does no harm.
@@ -28,7 +28,7 @@ from postgrad.types import Batch, Sample
 WINDOW = 64  # steps that make the range: long enough for a steady MAD, short enough to follow a falling loss
 LEAST_HISTORY = 20  # fewer say little about the range: the first steps of a run differ most from one another
 SIGMA = 1.4826  # σ / MAD of a normal distribution
-REACH = 2.0  # times the largest distance from the median seen in the window
+REACH = 3.0  # times the largest distance from the median seen in the window
 # Where the window hardly varies, its MAD says too little: the least deviation that is taken for one.
 LOSS_SHARE, LOSS_LEAST = 0.05, 0.05  # of the median; in nats
 LOG_NORM_LEAST = 0.1  # a tenth of the norm
