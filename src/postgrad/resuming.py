@@ -100,8 +100,7 @@ def restore(
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run:\n    " + "\n    ".join(changed),
-            "undo the changes, or start a new run; a resume may change only logging, saving, the spike guard and a longer "
-            "max_steps",
+            "undo the changes, or start a new run; only logging, saving, the spike guard and a longer max_steps may change",
         )
     run.write_rows("metrics.jsonl", state.log_history)
     run.event("resumed", step=state.step, checkpoint=path.name)
