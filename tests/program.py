@@ -102,6 +102,30 @@ def command(*arguments: str, before: Callable[[], None] | None = None) -> Callab
     return run
 
 
+def signal_at(step: int, signum: int, where: str) -> Callable[[], None]:
+    """Make this process send itself a real signal in the middle of a step, an evaluation or a save."""
+
+    def prepare() -> None:
+        from postgrad.train import checkpoint, loop
+
+        module, name = {
+            "step": (loop, "_gradient"),
+            "evaluation": (loop, "heldout_loss"),
+            "save": (checkpoint, "save_file"),
+        }[where]
+        original, calls = getattr(module, name), [0]
+
+        def replaced(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == step:
+                os.kill(os.getpid(), signum)
+            return original(*arguments, **options)
+
+        setattr(module, name, replaced)
+
+    return prepare
+
+
 def forked(*arguments: str, before: Callable[[], None] | None = None) -> tuple[int, str]:
     """Run the whole program in a forked process: how it ended, and what it printed.
 

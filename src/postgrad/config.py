@@ -115,6 +115,14 @@ class SFTConfig(BaseModel):
 
     logging_steps: int = Field(10, gt=0, description="Log the mean loss every so many steps.")
     logging_first_step: bool = Field(False, description="Log step 1 as well.")
+    spike_action: Literal["warn", "stop", "off"] = Field(
+        "warn",
+        description="What to do when a loss or gradient norm leaps far above its last steps: say so, or stop before "
+        "that step's update.",
+    )
+    spike_threshold: float = Field(
+        8.0, gt=0, description="How far that is, in robust standard deviations of the last 64 steps."
+    )
     disable_tqdm: bool | None = Field(None, description="True: plain lines instead of a progress bar.")
     eval_strategy: Interval = Field("no", description="When to measure the held-out loss during training.")
     eval_steps: int | None = Field(None, gt=0, description="Steps between evaluations; default: logging_steps.")

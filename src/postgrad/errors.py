@@ -6,7 +6,7 @@
 | 1 | failed |
 | 2 | bad input or configuration |
 | 3 | refused by a check |
-| 4 | stopped by the run itself (a non-finite loss, for example) |
+| 4 | stopped by the run itself (a non-finite loss, or a spike where that was asked for) |
 | 5 | no valid checkpoint |
 | 130, 143 | interrupted (Ctrl-C, SIGTERM) and resumable |
 """

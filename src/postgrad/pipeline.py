@@ -68,6 +68,21 @@ class Checked:
     report: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a run trains with, once everything was checked.
+
+    Args:
+        job: what is trained on, with and for.
+        exam: what is asked before and after.
+        choices: how the model is computed, as recorded.
+    """
+
+    job: Job
+    exam: Exam
+    choices: dict[str, Any]
+
+
 def sft(config: RunConfig, display: Display) -> Outcome:
     """Fine-tune from a model name and data names, with evidence: ``postgrad sft``.
 
@@ -132,7 +147,8 @@ def fine_tune(
         display: for people.
         resume_from: a checkpoint to continue from.
     """
-    job, exam, choices = _check(config, loaded, data, run, display, resume_from)
+    ready = make_ready(config, loaded, data, run, display, resume_from)
+    job, exam, choices = ready.job, ready.exam, ready.choices
     with timed(run, "before"):
         ask_before(config, exam, job.packed, choices["token_budget"], run, display)
     with timed(run, "train"):
@@ -169,17 +185,17 @@ def check(config: RunConfig, display: Display) -> Checked:
             data = load_data(config)
             loaded = load(config)
         try:
-            _check(config, loaded, data, run, display, None)
+            make_ready(config, loaded, data, run, display, None)
         except (CheckError, TrainingStopped) as error:
             refusal = error
         run.update_environment(status="checked", finished=now())
     return Checked(run, run.read_json("checks.json"), refusal, write_report(run))
 
 
-def _check(
+def make_ready(
     config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, display: Display, resume_from: Path | None
-) -> tuple[Job, Exam, dict[str, Any]]:
-    """Prove what can be proved before training; what to train, what to ask, and how the model is computed."""
+) -> Ready:
+    """Prove what can be proved before training, and choose how to compute; arguments as in :func:`fine_tune`."""
     with timed(run, "check"):
         freeze_template(config, loaded.tokenizer, data.train, run)
         renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
@@ -188,4 +204,4 @@ def _check(
         job = make_job(config, loaded, prepared, heldout, packed, choices, run, display)
         if resume_from is None:
             try_out(job, choices)
-    return job, make_exam(config, loaded, renderer, heldout), choices
+    return Ready(job, make_exam(config, loaded, renderer, heldout), choices)

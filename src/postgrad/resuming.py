@@ -24,6 +24,8 @@ NOT_COMPUTED = {
     "rehearsal",
     "logging_steps",
     "logging_first_step",
+    "spike_action",
+    "spike_threshold",
     "save_strategy",
     "save_steps",
     "save_total_limit",
@@ -45,7 +47,7 @@ def resumed_config(run: Run, values: dict[str, Any], overrides: dict[str, Any]) 
     if changed:
         raise CheckpointError(
             "a resume cannot change:\n    " + "\n    ".join(changed),
-            "leave it, or start a new run; only logging, saving and a longer max_steps may change",
+            "leave it, or start a new run; only logging, saving, the spike guard and a longer max_steps may change",
         )
     complete = run.read_json("environment.json", {}).get("status") == "complete"
     if complete and not new.max_steps > old.max_steps:
@@ -101,7 +103,7 @@ def restore(
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run:\n    " + "\n    ".join(changed),
-            "undo the changes, or start a new run; a resume may change only logging, saving and a longer max_steps",
+            "undo the changes, or start a new run; only logging, saving, the spike guard and max_steps (longer) may change",
         )
     run.write_rows("metrics.jsonl", state.log_history)
     run.event("resumed", step=state.step, checkpoint=path.name)

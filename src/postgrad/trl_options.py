@@ -51,6 +51,8 @@ POSTGRAD_ONLY = frozenset(
         "enable_thinking",
         "early_stopping_patience",
         "early_stopping_threshold",
+        "spike_action",
+        "spike_threshold",
         "questions",
         "system_message",
         "max_new_tokens",

@@ -101,6 +101,34 @@ def test_changed_data(cli: Callable[..., Result], here: Path) -> None:
     assert_goes_on(cli)
 
 
+def test_rows_in_another_order(cli: Callable[..., Result], here: Path) -> None:
+    lines = Path("data.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("data.jsonl").write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    result = cli("resume", "run")
+    assert result.code == 5 and "data: was" in result.text
+    assert metrics(RUN)[-1]["step"] == 3
+
+
+def test_changed_heldout_data(cli: Callable[..., Result], here: Path) -> None:
+    """It decides early stopping and the best checkpoint, and it is the evidence."""
+    write_jsonl(Path("heldout.jsonl"), tiny.chats(4, 9))
+    options = ["eval_dataset_name=heldout.jsonl", "max_steps=2", "save_steps=1", *SMALL]
+    assert cli("sft", "-m", "./model", "-d", "data.jsonl", *options, "-o", "other").code == 0
+    write_jsonl(Path("heldout.jsonl"), tiny.chats(4, 10))
+    result = cli("resume", "other", "max_steps=3")
+    assert result.code == 5 and "heldout: was" in result.text and "data: was" not in result.text
+
+
+def test_changed_data_and_template_are_both_listed(cli: Callable[..., Result], here: Path) -> None:
+    Path("model/chat_template.jinja").write_text(tiny.CHATML.replace("\n", " "), encoding="utf-8")
+    write_jsonl(Path("data.jsonl"), tiny.chats(11))
+    result = cli("resume", "run")
+    assert result.code == 5
+    for name in ("data", "template"):
+        assert f"{name}: was" in result.text
+    assert "model: was" not in result.text and steps_saved(RUN) == [1, 2, 3]
+
+
 def test_changed_model(cli: Callable[..., Result], here: Path, model_folder: Callable[..., str]) -> None:
     shutil.move("model", "kept")
     tiny.folder(Path("model"), "llama", seed=5)

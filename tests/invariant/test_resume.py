@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 import tiny
-from program import SMALL, Result, command, ending, fork, metrics, rows_of, start, steps_saved
+from program import SMALL, Result, command, ending, fork, metrics, rows_of, signal_at, start, steps_saved
 
 STEPS = 12  # 2 epochs of 6: 28 chats, of which 23 are trained on, 4 a step
 OPTIONS = [
@@ -43,30 +45,6 @@ def assert_same(run: Path, whole: Path) -> None:
     for name in (last, "model/model.safetensors", "before.jsonl", "after.jsonl", "comparison.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert metrics(run) == metrics(whole)
-
-
-def signal_at(step: int, signum: int, where: str) -> Callable[[], None]:
-    """Make this process send itself a real signal in the middle of a step, an evaluation or a save."""
-
-    def prepare() -> None:
-        from postgrad.train import checkpoint, loop
-
-        module, name = {
-            "step": (loop, "_gradient"),
-            "evaluation": (loop, "heldout_loss"),
-            "save": (checkpoint, "save_file"),
-        }[where]
-        original, calls = getattr(module, name), [0]
-
-        def replaced(*arguments: Any, **options: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == step:
-                os.kill(os.getpid(), signum)
-            return original(*arguments, **options)
-
-        setattr(module, name, replaced)
-
-    return prepare
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 7, 11, 12])
@@ -100,6 +78,32 @@ def test_stopped_at_every_step_in_turn(cli: Callable[..., Result], base: list[st
         assert ending(fork(command("resume", "run", before=signal_at(1, signal.SIGTERM, "step")))) == 143
     assert cli("resume", "run").code == 0
     assert_same(Path("run"), whole)
+
+
+def test_resumed_from_every_checkpoint(
+    cli: Callable[..., Result],
+    model_folder: Callable[..., str],
+    chat_file: Callable[..., str],
+) -> None:
+    """Two mixed data sets, one taken one and a half times: each checkpoint of the run leads to the same end."""
+    data = ["-d", chat_file(12, 1), "-d", chat_file(8, 2), "dataset_weights=[1, 1.5]"]
+    model = model_folder("gpt2", resid_pdrop=0.2, embd_pdrop=0.1)
+    options = [option for option in OPTIONS if not option.startswith("num_train")]
+    assert cli("sft", "-m", model, *data, *SMALL, *options, "max_steps=10", "-o", "whole").code == 0
+    steps = steps_saved(Path("whole"))
+    assert steps == list(range(1, 11)) and metrics(Path("whole"))[-1]["epoch"] > 1
+    for step in steps[:-1]:
+        run = Path(f"from-{step}")
+        shutil.copytree("whole", run, ignore=shutil.ignore_patterns("model", "after.jsonl", "report.html"))
+        for later in steps[step:]:
+            shutil.rmtree(run / f"checkpoints/step-{later}")
+        facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        (run / "environment.json").write_text(json.dumps({**facts, "status": "interrupted"}), encoding="utf-8")
+        result = cli("resume", str(run), "save_steps=100")
+        assert result.code == 0, result.text
+        for name in ("checkpoints/step-10/state.safetensors", "model/model.safetensors", "after.jsonl"):
+            assert (run / name).read_bytes() == (Path("whole") / name).read_bytes(), (step, name)
+        assert metrics(run) == metrics(Path("whole")), step
 
 
 def test_killed_and_resumed_from_the_last_save(cli: Callable[..., Result], base: list[str], whole: Path) -> None:

@@ -13,9 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import data, models, runs
-from postgrad.cli.options import CONFIG, DATA, ITEMS, JSON, MODEL, OUT, emit, make_display, print_checks, settings
-from postgrad.errors import ConfigError, PostgradError
+from postgrad.cli import data, models, runs, verify
+from postgrad.cli.options import (
+    CONFIG,
+    DATA,
+    ITEMS,
+    JSON,
+    MODEL,
+    OUT,
+    emit,
+    make_display,
+    print_checks,
+    run_config,
+    settings,
+)  # fmt: skip
+from postgrad.errors import PostgradError
 from postgrad.redaction import redact
 
 if TYPE_CHECKING:
@@ -34,7 +46,7 @@ Every run does the same six things: load, check, ask before, train, ask after, r
 
 \b
 Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused by a check, 4 stopped by the run itself
-(a non-finite loss), 5 no valid checkpoint, 130/143 interrupted and resumable.
+(a non-finite loss, a spike), 5 no valid checkpoint, 130/143 interrupted and resumable.
 """
 
 app = typer.Typer(
@@ -44,6 +56,7 @@ app.add_typer(data.app, name="data")
 app.command("ask")(models.ask)
 app.command("compare")(models.compare)
 app.command("runs")(runs.runs)
+app.command("verify-resume")(verify.verify_resume)
 
 DEMO: dict[str, Any] = {
     "run_name": "demo",
@@ -87,7 +100,9 @@ def demo(items: ITEMS = None, output_dir: OUT = None, as_json: JSON = False) -> 
       postgrad demo
       postgrad demo num_train_epochs=3 -o runs/longer
     """
-    _sft(None, {**DEMO, **settings(items, None, None, output_dir)}, as_json)
+    from postgrad.config import load_config
+
+    _sft(load_config(None, {**DEMO, **settings(items, None, None, output_dir)}), as_json)
 
 
 @app.command()
@@ -108,7 +123,7 @@ def sft(
 
     A word with '=' is an option, a word without is the config file. All options: docs/config.md.
     """
-    _sft(*_given(config, items, model, dataset, output_dir), as_json)
+    _sft(run_config(config, items, model, dataset, output_dir), as_json)
 
 
 @app.command()
@@ -133,8 +148,8 @@ def check(
 
     from postgrad import pipeline
 
-    settings_, display = _settings(*_given(config, items, model, dataset, output_dir), as_json)
-    found = pipeline.check(settings_, display)
+    checked = run_config(config, items, model, dataset, output_dir)
+    found = pipeline.check(checked, _display(checked, as_json))
     if as_json:
         emit({"ok": found.refusal is None, "run": str(found.run.path), "report": str(found.report), **found.content})
     else:
@@ -143,28 +158,13 @@ def check(
     raise typer.Exit(0 if found.refusal is None else found.refusal.exit_code)
 
 
-def _given(
-    config: str | None,
-    items: list[str] | None,
-    model: str | None,
-    dataset: list[str] | None,
-    output_dir: str | None,
-) -> tuple[str | None, dict[str, Any]]:
-    """The config file and the options on the command line."""
-    words = [*([config] if config else []), *(items or [])]
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
-    return files[0] if files else None, settings([word for word in words if "=" in word], model, dataset, output_dir)
-
-
 @app.command()
 def resume(
     run: Annotated[str, typer.Argument(help="Run directory.")], items: ITEMS = None, as_json: JSON = False
 ) -> None:
     """Continue an interrupted run from its newest valid checkpoint, exactly.
 
-    Only logging, saving and a longer max_steps may change.
+    Only logging, saving, the spike guard and a longer max_steps may change.
 
     \b
       postgrad resume runs/sft
@@ -176,23 +176,17 @@ def resume(
     _finish(pipeline.resume(run, overrides, make_display(as_json)), as_json)
 
 
-def _sft(config_file: str | None, values: dict[str, Any], as_json: bool) -> None:
+def _sft(config: RunConfig, as_json: bool) -> None:
     from postgrad import pipeline
 
-    config, display = _settings(config_file, values, as_json)
-    _finish(pipeline.sft(config, display), as_json)
+    _finish(pipeline.sft(config, _display(config, as_json)), as_json)
 
 
-def _settings(config_file: str | None, values: dict[str, Any], as_json: bool) -> tuple[RunConfig, Display]:
-    from postgrad.config import load_config
-
-    config = load_config(config_file, values)
-    if config.resume_from_checkpoint:
-        raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
+def _display(config: RunConfig, as_json: bool) -> Display:
     display = make_display(as_json, plain=config.disable_tqdm is True)
     for note in config.notes:
         display.note(f"option {note}")
-    return config, display
+    return display
 
 
 def _finish(outcome: Any, as_json: bool) -> None:

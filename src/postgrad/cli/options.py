@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from postgrad.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from postgrad.config import RunConfig
     from postgrad.display import Display
 
 ROWS_SHOWN = 5
@@ -50,6 +53,35 @@ def settings(
     if output_dir is not None:
         values["output_dir"] = output_dir
     return values
+
+
+def run_config(
+    config: str | None,
+    items: list[str] | None,
+    model: str | None,
+    dataset: list[str] | None,
+    output_dir: str | None,
+) -> RunConfig:
+    """The configuration of a command that takes what ``sft`` takes.
+
+    Args:
+        config, items: words without and with ``=``, in any order: one file of options, and options.
+        model, dataset, output_dir: the short options.
+
+    Raises:
+        ConfigError: for several files, or settings that cannot be.
+    """
+    from postgrad.config import load_config
+
+    words = [*([config] if config else []), *(items or [])]
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
+    given = settings([word for word in words if "=" in word], model, dataset, output_dir)
+    made = load_config(files[0] if files else None, given)
+    if made.resume_from_checkpoint:
+        raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
+    return made
 
 
 def make_display(as_json: bool, plain: bool = False) -> Display:

@@ -36,6 +36,7 @@ class LoopState:
         tokens: tokens read so far.
         loss_sum: sum of all steps' losses.
         window: losses of the steps since the last log line.
+        recent_losses, recent_norms: of the last steps, by which :mod:`postgrad.train.spikes` judges the next.
         pending: the step's evaluation and saving are still to be done.
         best_metric, best_step: best evaluation so far and its step.
         bad_evaluations: evaluations since then.
@@ -50,6 +51,8 @@ class LoopState:
     tokens: int = 0
     loss_sum: float = 0.0
     window: list[float] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
     pending: bool = False
     best_metric: float | None = None
     best_step: int | None = None

@@ -24,15 +24,14 @@ from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.methods import sft
 from postgrad.model.packed import PackedModel
 from postgrad.runs import Run
-from postgrad.train import checkpoint
+from postgrad.train import checkpoint, spikes
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.feed import Feed
 from postgrad.train.optim import MasterOptimizer, schedule
 from postgrad.train.order import DataOrder, by_example
 from postgrad.train.signals import StopRequest
-from postgrad.types import Batch, Sample, StepResult
-
-Passes = list[tuple[torch.Tensor, Batch, torch.Tensor]]
+from postgrad.train.spikes import Passes, Spike
+from postgrad.types import Sample, StepResult
 
 
 @dataclass(slots=True)
@@ -91,7 +90,8 @@ def train(job: Job, state: LoopState, tensors: dict[str, torch.Tensor] | None = 
         The state after the last step.
 
     Raises:
-        TrainingStopped: for a non-finite loss or gradient; no update was made from it.
+        TrainingStopped: for a non-finite loss or gradient, or for a spike where ``spike_action`` is stop; no update
+            was made from it.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
     """
     model, config = job.packed.model, job.config
@@ -163,14 +163,23 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
     """One optimizer step."""
     started = time.perf_counter()
     samples = job.samples_of(order, state.step)
+    random_state = checkpoint.random_state()
     passes = accumulate(job, state, samples, optimizer)
+    guard = spikes.guard(state, job.config)
     loss_ = torch.stack([loss for loss, _, _ in passes]).to(torch.float64).sum()
     norm_ = torch.where(torch.isfinite(loss_), optimizer.grad_norm(), torch.nan)
-    optimizer.update(rate, norm_)
+    optimizer.update(rate, _within(guard.limits, loss_, norm_))
     if state.step + 1 < order.total_steps:
         job.feed.prepare(state.step + 1, job.samples_of(order, state.step + 1), state.token_budget)
     loss, norm = torch.stack([loss_, norm_.to(torch.float64)]).tolist()  # the only wait for the device in a step
     require_finite(job, samples, passes, loss, norm, state.step + 1)
+    found = guard.judge(loss, norm)
+    if found:
+        spikes.tell(found, state.step + 1, samples, passes, job.run, job.display)
+    if found and guard.stops:
+        checkpoint.restore_random_state(random_state)  # as it was before the step, so that a resume does it again
+        _stop_at_spike(job, state, optimizer, found)
+    spikes.remember(state, loss, norm)
     return StepResult(
         step=state.step + 1,
         epoch=order.epoch(state.step + 1),
@@ -251,6 +260,22 @@ def _refuse_nonfinite(job: Job, samples: list[Sample], what: str, step: int) -> 
     raise TrainingStopped(
         f"step {step}: the {what}; no update was made. Rows: {shown}",
         "look at those rows, lower learning_rate, or resume from the last checkpoint",
+    )
+
+
+def _within(limits: tuple[float, float], loss_: torch.Tensor, norm_: torch.Tensor) -> torch.Tensor:
+    """The norm where loss and norm are within their limits, and NaN, from which nothing is updated, elsewhere."""
+    if limits == (math.inf, math.inf):
+        return norm_
+    return torch.where((loss_ <= limits[0]) & (norm_.to(torch.float64) <= limits[1]), norm_, torch.nan)
+
+
+def _stop_at_spike(job: Job, state: LoopState, optimizer: MasterOptimizer, found: list[Spike]) -> None:
+    path = checkpoint.save(job.checkpoints, state, optimizer, job.identity)
+    job.run.event("saved", step=state.step, path=path.name)
+    raise TrainingStopped(
+        f"step {state.step + 1}: {found[0]}; no update was made; saved {path}",
+        f"look at the step's rows (events.jsonl); 'postgrad resume {job.run.path} spike_action=warn' trains on them",
     )
 
 
