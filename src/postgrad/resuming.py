@@ -103,7 +103,7 @@ def restore(
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run:\n    " + "\n    ".join(changed),
-            "undo the changes, or start a new run; only logging, saving, the spike guard and max_steps (longer) may change",
+            "undo the changes, or start a new run; only logging, saving, the spike guard and max_steps may change",
         )
     run.write_rows("metrics.jsonl", state.log_history)
     run.event("resumed", step=state.step, checkpoint=path.name)
