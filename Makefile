@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/postgrad demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --reliability=check
 
 lint: setup
 	$(BIN)/ruff format --check src tests benchmarks

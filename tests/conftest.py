@@ -18,6 +18,12 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU its kernels run in Trit
 import pytest
 
 import tiny
+from page_of_faults import (  # noqa: F401
+    pytest_addoption,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+)
 from program import Result, write_jsonl
 
 

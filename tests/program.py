@@ -20,14 +20,15 @@ SOURCE = Path(__file__).resolve().parent.parent / "src"
 SMALL = ("bf16=false", "max_new_tokens=4", "disable_tqdm=true", "rehearsal=false")
 
 
-def reliability(case: int, done: str, happened: str, trials: int = 1) -> pytest.MarkDecorator:
+def reliability(case: int, done: str, happened: str, trials: int | None = None) -> pytest.MarkDecorator:
     """Mark a test as proof of a row of ``docs/reliability.md``.
 
     Args:
         case: number of the fault there.
         done: what the test does.
         happened: what then happens.
-        trials: how often, all of the test's parameters together.
+        trials: how often, all parameters together; None: as many as the test has parameters, or what it records as
+            the property ``trials``.
     """
     return pytest.mark.reliability(case=case, done=done, happened=happened, trials=trials)
 

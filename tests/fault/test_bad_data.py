@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.load import load_examples, read_rows
 from postgrad.errors import DataError
+from program import reliability
 
 GOOD = b'{"text": "fine"}\n'
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -41,6 +42,7 @@ LINES: dict[str, tuple[bytes, str, str]] = {
 }
 
 
+@reliability(2, "malformed lines of a data file", "refused with file, line and cure")
 @pytest.mark.parametrize("case", LINES.values(), ids=LINES.keys())
 def test_bad_line(tmp_path: Path, case: tuple[bytes, str, str]) -> None:
     line, reason, cure = case
@@ -300,6 +302,7 @@ ROWS: dict[str, tuple[dict[str, Any], str | None, str, str]] = {
 }  # fmt: skip
 
 
+@reliability(3, "mixed types, null, wrong role order and the like", "refused with row, field and cure")
 @pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
 def test_bad_row(tmp_path: Path, case: tuple[dict[str, Any], str | None, str, str]) -> None:
     values, field, reason, cure = case
@@ -346,6 +349,7 @@ PIECES = st.sampled_from(
 )
 
 
+@reliability(2, "any bytes at all (hypothesis)", "rows or a DataError, nothing else", trials=300)
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.lists(PIECES, max_size=12).map(b"".join) | st.binary(max_size=40),

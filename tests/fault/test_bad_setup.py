@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from program import SMALL, Result, command, ending, fork, forked, rows_of, write_jsonl
+from program import SMALL, Result, command, ending, fork, forked, reliability, rows_of, write_jsonl
 
 RUN = Path("run")
 SHORT = (*SMALL, "max_steps=2", "save_strategy=no")
@@ -35,6 +35,7 @@ def counts(run: Path = RUN) -> dict[str, int]:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
+@reliability(1, "wrong option names and values", "exit 2; the option named, with the nearest known one")
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -105,6 +106,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+@reliability(16, "weights that run code when unpickled", "refused; the code never runs", trials=1)
 def test_pickled_weights_are_never_read(cli: Callable[..., Result], base: list[str]) -> None:
     import torch
 
@@ -116,6 +118,7 @@ def test_pickled_weights_are_never_read(cli: Callable[..., Result], base: list[s
     assert not Path("exploded").exists()
 
 
+@reliability(17, "a model that brings code (auto_map)", "refused without consent; the code never runs", trials=1)
 def test_model_code_needs_consent(cli: Callable[..., Result], base: list[str]) -> None:
     shutil.copytree(base[2], "coded")
     config = json.loads(Path("coded/config.json").read_text())
@@ -127,6 +130,7 @@ def test_model_code_needs_consent(cli: Callable[..., Result], base: list[str]) -
     assert not Path("exploded").exists()
 
 
+@reliability(6, "a template that writes no stop token", "exit 2 or 3 before the first step", trials=1)
 def test_template_without_a_stop_token(cli: Callable[..., Result], base: list[str]) -> None:
     Path("t.jinja").write_text(tiny.CHATML.replace("<|im_end|>", ""))
     result = cli(*base, "chat_template_path=t.jinja")
@@ -149,6 +153,7 @@ def test_no_template_gets_the_fallback(
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
+@reliability(2, "broken JSON on a line", "exit 2 with file and line; left out and counted with skip_bad", trials=1)
 def test_broken_line(cli: Callable[..., Result], base: list[str]) -> None:
     lines = [json.dumps(row) for row in tiny.chats(5)]
     lines[2] = lines[2][:-9]
@@ -170,6 +175,7 @@ def long_rows(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "long.jsonl", rows)
 
 
+@reliability(5, "rows over max_length", "exit 3 with their share and rows", trials=1)
 def test_over_long_rows_are_refused(cli: Callable[..., Result], base: list[str], long_rows: str) -> None:
     result = cli(*base[:3], "-d", long_rows, *base[5:], "max_length=80")
     assert result.code == 3
@@ -190,6 +196,7 @@ def test_over_long_rows_are_counted(
     assert f"{dropped} dropped, {truncated} truncated" in result.text
 
 
+@reliability(4, "rows without a trained token", "counted and left out; none left: exit 3", trials=1)
 def test_nothing_to_train(cli: Callable[..., Result], base: list[str]) -> None:
     rows = tiny.chats(6)
     for row in rows:
@@ -264,6 +271,7 @@ def test_run_that_never_saved_is_over(cli: Callable[..., Result], base: list[str
     assert cli(*base).code == 0 and Path("run-2/model/config.json").exists()
 
 
+@reliability(15, "two processes on one run directory", "the second is refused with exit 2, the first goes on", trials=1)
 def test_directory_in_use(cli: Callable[..., Result], base: list[str]) -> None:
     """A second process, and this one, while the first is training."""
     reading, writing = os.pipe()

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 import tiny
-from program import SMALL, Result, command, ending, fork, metrics, rows_of, steps_saved, weights, write_jsonl
+from program import (
+    SMALL,
+    Result,
+    command,
+    ending,
+    fork,
+    metrics,
+    reliability,
+    rows_of,
+    steps_saved,
+    weights,
+    write_jsonl,
+)
 
 RUN = Path("run")
 
@@ -63,6 +75,7 @@ def assert_goes_on(cli: Callable[..., Result], *options: str) -> None:
     assert metrics(RUN)[-1]["step"] == 8
 
 
+@reliability(12, "resumed with another setting", "exit 5 with the difference")
 @pytest.mark.parametrize(
     ("option", "was", "now"),
     [
@@ -91,6 +104,7 @@ def test_several_changes_are_all_listed(cli: Callable[..., Result], here: Path) 
         assert f"{name}: was" in result.text
 
 
+@reliability(12, "resumed with other data", "exit 5 with the difference", trials=1)
 def test_changed_data(cli: Callable[..., Result], here: Path) -> None:
     good = Path("data.jsonl").read_text(encoding="utf-8")
     Path("data.jsonl").write_text(good.replace("+", "-", 1), encoding="utf-8")
@@ -129,6 +143,7 @@ def test_changed_data_and_template_are_both_listed(cli: Callable[..., Result], h
     assert "model: was" not in result.text and steps_saved(RUN) == [1, 2, 3]
 
 
+@reliability(12, "resumed with another model", "exit 5 with the difference", trials=1)
 def test_changed_model(cli: Callable[..., Result], here: Path, model_folder: Callable[..., str]) -> None:
     shutil.move("model", "kept")
     tiny.folder(Path("model"), "llama", seed=5)
@@ -141,6 +156,7 @@ def test_changed_model(cli: Callable[..., Result], here: Path, model_folder: Cal
     assert_goes_on(cli)
 
 
+@reliability(12, "resumed with another template", "exit 5 with the difference", trials=1)
 def test_changed_template(cli: Callable[..., Result], here: Path) -> None:
     path = Path("model/chat_template.jinja")
     path.write_text(path.read_text().replace("<|im_start|>", "<|im_start|> "))

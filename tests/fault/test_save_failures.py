@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from program import SMALL, Result, command, ending, fork, forked, metrics, rows_of, steps_saved
+from program import SMALL, Result, command, ending, fork, forked, metrics, reliability, rows_of, steps_saved
 
 RUN = Path("run")
 
@@ -100,8 +100,19 @@ def kill_at(call: int, skip_saves: int = 0) -> Callable[[], None]:
     return prepare
 
 
+@reliability(
+    7,
+    "kill -9 at each file operation of a save",
+    "never half a checkpoint; the resume ends bit for bit as the uninterrupted run",
+)
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "second save"])
-def test_killed_at_each_point_of_a_save(cli: Callable[..., Result], base: list[str], whole: Path, first: bool) -> None:
+def test_killed_at_each_point_of_a_save(
+    cli: Callable[..., Result],
+    base: list[str],
+    whole: Path,
+    first: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
     kills = 0
     for call in range(1, 40):
         shutil.rmtree(RUN, ignore_errors=True)
@@ -119,6 +130,7 @@ def test_killed_at_each_point_of_a_save(cli: Callable[..., Result], base: list[s
         else:
             assert result.code == 5 and "no valid checkpoint" in result.text
     assert 5 <= kills < 39
+    record_property("trials", kills)
 
 
 def test_killed_while_replacing_a_checkpoint(cli: Callable[..., Result], run: Path, whole: Path) -> None:
@@ -168,10 +180,16 @@ def test_killed_while_saving_the_same_step_again(cli: Callable[..., Result], bas
     assert call < 39
 
 
+@reliability(
+    7,
+    "kill -9 at random moments of training and saving",
+    "the resume ends bit for bit as the uninterrupted run",
+    trials=50,
+)
 def test_killed_at_random_moments(cli: Callable[..., Result], base: list[str], whole: Path) -> None:
     rng = random.Random(7)
     codes = set()
-    for _ in range(10):
+    for _ in range(50):
         shutil.rmtree(RUN, ignore_errors=True)
         pid = fork(command(*base, "-o", "run", "save_steps=1"))
         deadline = time.monotonic() + 30
@@ -202,6 +220,9 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
 
 
+@reliability(
+    8, "checkpoint files cut short, altered, emptied, missing", "rejected by name; the one before is used", trials=12
+)
 @pytest.mark.parametrize("how", ["cut short", "altered", "empty", "missing"])
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_damaged_checkpoint(cli: Callable[..., Result], run: Path, whole: Path, name: str, how: str) -> None:
@@ -269,6 +290,12 @@ def limit_file_size(bytes_: int) -> Callable[[], None]:
     return prepare
 
 
+@reliability(
+    9,
+    "the disk full while a checkpoint is written",
+    "exit 1; the half-written one removed, earlier ones kept",
+    trials=1,
+)
 def test_disk_full_while_saving_a_checkpoint(cli: Callable[..., Result], base: list[str], whole: Path) -> None:
     code, printed = forked(*base, "-o", "run", before=limit_file_size(200_000))
     assert code == 1
@@ -288,6 +315,7 @@ def test_disk_full_from_the_first_byte(cli: Callable[..., Result], base: list[st
     assert_result(RUN, whole)
 
 
+@reliability(9, "the disk full while the model is written", "exit 1; nothing half-written is left", trials=1)
 def test_disk_full_while_saving_the_model(cli: Callable[..., Result], base: list[str]) -> None:
     def prepare() -> None:
         from postgrad import pipeline

@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 
-from program import SMALL, Result, command, ending, fork, metrics, rows_of, signal_at, steps_saved, write_jsonl
+from program import (
+    SMALL,
+    Result,
+    command,
+    ending,
+    fork,
+    metrics,
+    reliability,
+    rows_of,
+    signal_at,
+    steps_saved,
+    write_jsonl,
+)
 
 RUN = Path("run")
 BAD, STEPS = 91, 100  # the row, counted from 1, is that of step 91; the first descent is 64 steps away by then
@@ -84,6 +96,7 @@ def test_a_resume_tells_the_same_spikes(cli: Callable[..., Result], base: list[s
     assert tensors(RUN, STEPS) == tensors(Path("whole"), STEPS)
 
 
+@reliability(13, "a loss far above its running range, spike_action=stop", "exit 4 before its update; resumable")
 @pytest.mark.parametrize("saves", ["save_strategy=steps", "save_strategy=no"])
 def test_stop(cli: Callable[..., Result], base: list[str], saves: str) -> None:
     """No update is made from the step, and what was saved is the state before it, random state included."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from program import SMALL, Result, metrics, rows_of, steps_saved, weights, write_jsonl
+from program import SMALL, Result, metrics, reliability, rows_of, steps_saved, weights, write_jsonl
 
 RUN = Path("run")
 POISON = "red blue green"
@@ -48,6 +48,7 @@ def poisoned(model_folder: Callable[..., str], tmp_path: Path) -> Callable[[floa
     return make
 
 
+@reliability(13, "a model that computes NaN for some rows", "exit 4, no update, the rows named, null in JSON", trials=1)
 def test_the_rows_are_named(cli: Callable[..., Result], poisoned: Callable[[float], list[str]]) -> None:
     result = cli(*poisoned(float("nan")))
     assert result.code == 4
@@ -60,6 +61,9 @@ def test_the_rows_are_named(cli: Callable[..., Result], poisoned: Callable[[floa
     assert facts["status"] == "stopped" and (RUN / "report.html").exists()
 
 
+@reliability(
+    13, "a learning rate that makes the loss infinite", "exit 4; the last checkpoint is that of a finite step", trials=1
+)
 def test_diverging_run(
     cli: Callable[..., Result], model_folder: Callable[..., str], chat_file: Callable[..., str]
 ) -> None:
@@ -128,6 +132,7 @@ def base(model_folder: Callable[..., str], chat_file: Callable[..., str]) -> lis
     return ["sft", "-m", model_folder("llama"), "-d", chat_file(12), *SMALL, *options, "-o"]
 
 
+@reliability(14, "memory runs out in a pass", "half the token budget, the same losses", trials=1)
 def test_out_of_memory_once(cli: Callable[..., Result], base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second of the three passes of step 2: what the first has accumulated must not count twice."""
     base = [*base[:-1], "token_budget=128", "-o"]
@@ -145,6 +150,7 @@ def test_out_of_memory_once(cli: Callable[..., Result], base: list[str], monkeyp
         assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
+@reliability(14, "memory runs out until small passes fit", "the same losses")
 def test_out_of_memory_until_it_fits(
     cli: Callable[..., Result], base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +164,7 @@ def test_out_of_memory_until_it_fits(
     assert state["loop"]["token_budget"] == budgets[-1]
 
 
+@reliability(14, "not even one row fits", "exit 1 with what to do; a checkpoint is kept", trials=1)
 def test_not_even_one_row_fits(cli: Callable[..., Result], base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory(monkeypatch, lambda call, tokens: True)
     result = cli(*base, "run")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tiny
-from program import SMALL, Result, command, ending, fork, metrics, rows_of, signal_at, start, steps_saved
+from program import SMALL, Result, command, ending, fork, metrics, reliability, rows_of, signal_at, start, steps_saved
 
 STEPS = 12  # 2 epochs of 6: 28 chats, of which 23 are trained on, 4 a step
 OPTIONS = [
@@ -47,6 +47,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert metrics(run) == metrics(whole)
 
 
+@reliability(10, "a stop signal in a step", "one checkpoint, exit 130 or 143; the resume ends with the same bits")
 @pytest.mark.parametrize("step", [1, 4, 6, 7, 11, 12])
 def test_stopped_in_a_step(cli: Callable[..., Result], base: list[str], whole: Path, step: int) -> None:
     """Mid-epoch, at the border of an epoch, first and last."""
@@ -58,6 +59,7 @@ def test_stopped_in_a_step(cli: Callable[..., Result], base: list[str], whole: P
     assert_same(Path("run"), whole)
 
 
+@reliability(10, "a stop signal in an evaluation or a save", "one checkpoint; the resume ends with the same bits")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("where", "call"), [("evaluation", 1), ("evaluation", 2), ("evaluation", 5), ("save", 6)])
 def test_stopped_in_an_evaluation_or_a_save(
@@ -71,6 +73,7 @@ def test_stopped_in_an_evaluation_or_a_save(
     assert_same(Path("run"), whole)
 
 
+@reliability(11, "stopped and resumed at every step in turn", "the same bits as the uninterrupted run", trials=1)
 def test_stopped_at_every_step_in_turn(cli: Callable[..., Result], base: list[str], whole: Path) -> None:
     """The run is stopped after each step and resumed as often."""
     assert ending(fork(command(*base, "-o", "run", before=signal_at(1, signal.SIGTERM, "step")))) == 143
@@ -80,6 +83,7 @@ def test_stopped_at_every_step_in_turn(cli: Callable[..., Result], base: list[st
     assert_same(Path("run"), whole)
 
 
+@reliability(11, "resumed from every checkpoint", "the same bits as the uninterrupted run")
 def test_resumed_from_every_checkpoint(
     cli: Callable[..., Result],
     model_folder: Callable[..., str],

@@ -13,7 +13,7 @@ import pytest
 
 from postgrad.train import checkpoint, loop
 from postgrad.train.optim import MasterOptimizer
-from program import SMALL, Result, command, ending, fork, signal_at
+from program import SMALL, Result, command, ending, fork, reliability, signal_at
 
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.1}
 FIXED = ["per_device_train_batch_size=2", "gradient_accumulation_steps=2", "learning_rate=1e-3", *SMALL]
@@ -53,6 +53,7 @@ def test_a_config_file_and_steps(cli: Callable[..., Result], model_folder: Calla
     assert [path.name for path in Path().iterdir()] == ["c.yaml"]
 
 
+@reliability(11, "verify-resume on settings of many kinds", "exact from every step")
 @pytest.mark.parametrize(
     "options",
     [

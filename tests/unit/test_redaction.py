@@ -17,7 +17,7 @@ from postgrad import redaction
 from postgrad.config import SFTConfig
 from postgrad.errors import ConfigError
 from postgrad.redaction import holds_secret, redact
-from program import SMALL, Result
+from program import SMALL, Result, reliability
 
 SECRETS = [
     "hf_" + "a1B2" * 8,
@@ -74,6 +74,9 @@ def test_settings_hold_no_secret() -> None:
     assert SECRETS[0] not in str(caught.value)
 
 
+@reliability(
+    20, "a token of the environment in names and errors", "nowhere in the terminal or the run directory", trials=1
+)
 def test_neither_terminal_nor_files_have_it(
     cli: Callable[..., Result],
     model_folder: Callable[..., str],
@@ -93,6 +96,7 @@ def test_neither_terminal_nor_files_have_it(
     assert [path for path in files if HELD in path.read_text(encoding="utf-8", errors="replace")] == []
 
 
+@reliability(20, "a token in an unexpected traceback", "printed without it", trials=1)
 def test_a_traceback_is_printed_without_it(
     cli: Callable[..., Result],
     model_folder: Callable[..., str],

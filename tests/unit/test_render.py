@@ -18,6 +18,7 @@ from postgrad.data.show import token_view
 from postgrad.errors import DataError, ModelError
 from postgrad.model.template import FALLBACK
 from postgrad.types import Sample
+from program import reliability
 from rendered import chat, check, row, setup, trained_texts
 
 TEXTS = ("1+1?", "It is 2.", "Thanks, and 2+2?", "\n  4 = 2+2\n")
@@ -298,6 +299,7 @@ def test_a_template_that_does_not_continue_its_prompt_shows_both_texts() -> None
     assert "the conversation with 'assistant\\nthe answer<|im_end|>'" in str(caught.value)
 
 
+@reliability(18, "templates that reach for attributes, recurse, ask for 100 GB, raise", "stopped; file and row named")
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -323,6 +325,7 @@ def test_whatever_a_template_raises_names_file_and_row(body: str, said: str) -> 
         ready.renderer.question_ids([{"role": "user", "content": "bad"}])
 
 
+@reliability(18, "a template that never ends", "stopped after 10 s; the row named", trials=1)
 def test_a_row_on_which_the_template_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     template = templates.CHATML.replace(

@@ -346,11 +346,23 @@ def _read_files(
     digest = hashlib.sha256()
     rows: list[RawRow] = []
     for path, name in files:
+        found = _stamp(path)
         digest.update(_file_hash(path, name))
         rows += read_file(path, name, window, problems, split)
+        if _stamp(path) != found:
+            raise DataError("changed while it was read", "start again when nothing writes to it", file=name)
     skipped = problems.kept[before:] if problems.skip_bad else []
     names = [name for _, name in files]
     return RawTable(rows, skipped, spec.text, digest.hexdigest(), names, window.seen, notes)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _file_hash(path: Path, name: str) -> bytes:
