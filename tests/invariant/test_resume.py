@@ -73,7 +73,7 @@ def test_stopped_in_an_evaluation_or_a_save(
     assert_same(Path("run"), whole)
 
 
-@reliability(11, "stopped and resumed at every step in turn", "the same bits as the uninterrupted run", trials=1)
+@reliability(11, "stopped and resumed at every step in turn", "the same bits as the uninterrupted run", trials=STEPS)
 def test_stopped_at_every_step_in_turn(cli: Callable[..., Result], base: list[str], whole: Path) -> None:
     """The run is stopped after each step and resumed as often."""
     assert ending(fork(command(*base, "-o", "run", before=signal_at(1, signal.SIGTERM, "step")))) == 143
@@ -83,7 +83,7 @@ def test_stopped_at_every_step_in_turn(cli: Callable[..., Result], base: list[st
     assert_same(Path("run"), whole)
 
 
-@reliability(11, "resumed from every checkpoint", "the same bits as the uninterrupted run")
+@reliability(11, "resumed from every checkpoint", "the same bits as the uninterrupted run", trials=9)
 def test_resumed_from_every_checkpoint(
     cli: Callable[..., Result],
     model_folder: Callable[..., str],
