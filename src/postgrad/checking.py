@@ -205,7 +205,7 @@ def try_out(job: Job, choices: dict[str, Any]) -> None:
     run.update_environment(choices=choices)
     run.write_json("checks.json", add_checks(run.read_json("checks.json"), checks))
     for item in checks:
-        if item.status == "warn" or item.name == "forecast":
+        if item.status == "warn" or item.name in ("disk", "forecast"):
             job.display.note(f"{'warning: ' if item.status == 'warn' else ''}{item.name}: {item.message}")
     for item in checks:
         if item.name == "rehearsal" and item.status == "refuse":

@@ -36,7 +36,8 @@ def disk_check(
     least, all_of_it = one + final, max(1, kept) * one + final
     free = shutil.disk_usage(folder).free
     evidence = {"free_bytes": free, "checkpoint_bytes": one, "model_bytes": final, "checkpoints": kept}
-    room = f"{_size(free)} free; {kept} checkpoints of {_size(one)} and the model of {_size(final)}"
+    plural = "" if kept == 1 else "s"
+    room = f"{_size(free)} free; {kept} checkpoint{plural} of {_size(one)} and the model of {_size(final)}"
     if free < least:
         return Check(
             "disk", "refuse", f"the disk is too small: {room}", "free space, or choose another -o", [], evidence

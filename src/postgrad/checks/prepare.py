@@ -292,7 +292,10 @@ def _drop_untrained(
         trained = sum(sample.trained for _, result in left for sample in result.samples)
         total = sum(len(sample) for _, result in left for sample in result.samples)
         message = f"every row has something to train: {trained:,} of {total:,} tokens ({trained / total:.0%})"
-        checks.append(Check("mask", "pass", message, evidence={"trained": trained, "tokens": total}))
+        shares = [sum(s.trained for s in r.samples) / sum(len(s) for s in r.samples) for _, r in left]
+        quantiles = dict(zip(("lowest", "median", "highest"), np.quantile(shares, [0, 0.5, 1]).tolist(), strict=True))
+        evidence = {"trained": trained, "tokens": total, "share_of_a_row": quantiles}
+        checks.append(Check("mask", "pass", message, evidence=evidence))
     return left
 
 

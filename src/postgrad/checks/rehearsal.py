@@ -6,7 +6,9 @@ checkpoint that cannot be written.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -218,10 +220,25 @@ def _forecast(job: Job, order: DataOrder, step: _Step) -> Check:
         "train_seconds": round(seconds, 1),
     }
     message = f"{order.total_steps:,} steps, {int(tokens):,} tokens: about {_duration(seconds)} of training"
-    if job.packed.model.device.type == "cuda":
-        evidence["peak_bytes"] = torch.cuda.max_memory_allocated(job.packed.model.device)
-        message += f"; {evidence['peak_bytes'] / 2**30:.1f} GiB at the peak of the rehearsal"
+    used, there = _memory(job.packed.model.device)
+    if used:
+        evidence.update(peak_bytes=used, memory_bytes=there)
+        message += f"; {used / 2**30:.1f} of {there / 2**30:.1f} GiB of memory at the peak of the rehearsal"
     return Check("forecast", "pass", message, evidence=evidence)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of memory used at most so far, and in all: the GPU's, or this process's and the machine's (not Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return used, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, ValueError, OSError, AttributeError):
+        return 0, 0
 
 
 def _duration(seconds: float) -> str:
