@@ -47,19 +47,18 @@ def test_a_file_that_changes_while_it_is_read(
     assert not RUN.exists()
 
 
-@reliability(5, "a row of 50 MB among short ones", "its length is named; dropped and counted, as asked")
+@reliability(5, "a row of 50 MB among short ones", "exit 3; row and length named; left out and counted where asked")
 def test_a_row_of_fifty_megabytes(cli: Callable[..., Result], base: list[str]) -> None:
     rows = tiny.chats(11)
     rows.insert(
         4, {"messages": [{"role": "user", "content": "ab" * 25_000_000}, {"role": "assistant", "content": "c"}]}
     )
     data = write_jsonl(Path("large.jsonl"), rows)
-    result = cli(*base, data, "excess_length_strategy=drop")
-    assert result.code == 0, result.text
-    assert counts()["dropped"] == 1
-    checks = json.loads((RUN / "checks.json").read_text(encoding="utf-8"))["checks"]
-    (lengths,) = [item for item in checks if item["name"] == "lengths"]
-    assert [(row["row"], row["message"].endswith(" tokens")) for row in lengths["rows"]] == [(5, True)]
+    result = cli(*base, data)
+    assert result.code == 3 and "large.jsonl:5: 50,000,001 characters are too many for one row" in result.text
+    assert cli(*base, data, "skip_bad=true", "-o", "other").code == 0
+    found = json.loads(Path("other/checks.json").read_text(encoding="utf-8"))["counts"]
+    assert found["dropped"] == 1
 
 
 @reliability(3, "CRLF, BOM, gzip, unicode, blank lines, no last line end", "read; every row counted", trials=5)

@@ -22,7 +22,7 @@ from postgrad.limits import TOOK_LONGER
 from postgrad.model.demo import cache_folder
 from postgrad.types import Example, Sample
 
-RENDERING = 1  # raise when the same rows render to something else, or the file's form changes
+RENDERING = 2  # raise when the same rows render to something else, or the file's form changes
 LEAST_BYTES = 4_000_000  # of rows: below, rendering takes about a second
 MOST_BYTES = 4 * 2**30  # of all files together
 

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from postgrad.errors import DataError
+from postgrad.types import Example, TextRow, TokenRow
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN_CODE = ("__call__", "_encode_plus")
+MOST_CHARACTERS = 8_000_000
 
 
 class Encoder:
@@ -122,3 +126,24 @@ def _encodes_in_its_own_way(tokenizer: PreTrainedTokenizerBase) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     return any(getattr(type(tokenizer), name) is not getattr(PreTrainedTokenizerFast, name) for name in OWN_CODE)
+
+
+def refuse_huge(example: Example) -> None:
+    """Refuse a row whose text alone would take gigabytes to tokenise: about 0.3 GB a million characters.
+
+    Raises:
+        DataError: naming the row and its length.
+    """
+    if isinstance(example, TokenRow):
+        return
+    if isinstance(example, TextRow):
+        size = len(example.prompt) + len(example.completion)
+    else:
+        size = sum(len(message.get("content") or "") for message in example.messages)
+    if size > MOST_CHARACTERS:
+        raise DataError(
+            f"{size:,} characters are too many for one row (at most {MOST_CHARACTERS:,})",
+            "split it into several rows; or leave such rows out, counted, with skip_bad=true",
+            file=example.source.file,
+            row=example.source.row,
+        )

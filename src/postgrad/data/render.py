@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from postgrad.data.chat import has_reasoning, left_out, reasoning_of, render_text, tools_left_out
-from postgrad.data.encoding import Encoded, Encoder, adds_bos, token_span
+from postgrad.data.encoding import Encoded, Encoder, adds_bos, refuse_huge, token_span
 from postgrad.errors import DataError, ModelError
 from postgrad.types import Conversation, Example, Message, Sample, TextRow, TokenRow
 
@@ -119,8 +119,9 @@ class Renderer:
         """The first half of :meth:`render`: what needs the template, and no tokenizer.
 
         Raises:
-            DataError: when the template refuses the row, or what it writes cannot be trained on.
+            DataError: when the row is huge, the template refuses it, or what it writes cannot be trained on.
         """
+        refuse_huge(example)
         written = Written(example, index, Rendered([]))
         if isinstance(example, Conversation):
             try:
