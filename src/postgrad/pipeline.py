@@ -17,7 +17,7 @@ from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
 from postgrad.engine import choose
-from postgrad.errors import CheckError, CheckpointError, ConfigError, TrainingStopped
+from postgrad.errors import CheckError, ConfigError, TrainingStopped
 from postgrad.evaluate import Exam
 from postgrad.model.load import DTYPES, LoadedModel
 from postgrad.model.save import round_weights, save_model, write_card
@@ -112,17 +112,17 @@ def resume(path: str | Path, overrides: dict[str, Any], display: Display) -> Out
         ConfigError: when the run is finished, running, or was started from Python.
     """
     run = Run.open(path)
-    values = run.read_yaml("config.yaml")
-    if "model_name_or_path" not in values:
-        raise ConfigError(
-            f"{path} was started from Python",
-            "resume it there: SFTTrainer(…, args=SFTConfig(output_dir=…)).train(resume_from_checkpoint=True)",
-        )
-    config = resumed_config(run, values, overrides)
-    run.lock()
+    run.lock()  # before looking: another resume may just be finishing it
     try:
+        values = run.read_yaml("config.yaml")
+        if "model_name_or_path" not in values:
+            raise ConfigError(
+                f"{path} was started from Python",
+                "resume it there: SFTTrainer(…, args=SFTConfig(output_dir=…)).train(resume_from_checkpoint=True)",
+            )
+        config = resumed_config(run, values, overrides)
         found, rejected = find_checkpoint(run, display)
-    except CheckpointError:
+    except BaseException:
         run.unlock()
         raise
     for line in rejected:

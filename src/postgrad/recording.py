@@ -72,7 +72,8 @@ def timed(run: Run, stage: str) -> Iterator[None]:
     started = time.perf_counter()
     run.event("stage", stage=stage)
     yield
-    seconds = run.read_json("environment.json", {}).get("seconds", {})
+    before = run.read_json("environment.json", {}).get("seconds")
+    seconds = before if isinstance(before, dict) else {}
     run.update_environment(seconds={**seconds, stage: round(time.perf_counter() - started, 3)})
 
 

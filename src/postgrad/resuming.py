@@ -67,7 +67,7 @@ def find_checkpoint(run: Run, display: Display) -> tuple[Path | None, list[str]]
     """
     folder = run.path / "checkpoints"
     interrupted = run.read_json("environment.json", {}).get("status") == "interrupted"
-    saved = any(row["event"] in ("saved", "interrupted") for row in run.read_rows("events.jsonl"))
+    saved = any(row.get("event") in ("saved", "interrupted") for row in run.read_rows("events.jsonl"))
     if saved or not interrupted:
         return checkpoint.newest(folder)
     for name in ("before.jsonl", "metrics.jsonl", "after.jsonl"):

@@ -32,6 +32,7 @@ from postgrad.errors import ConfigError, DataError
 from postgrad.redaction import redact
 
 COMPLETE = "complete"
+DAMAGED = "bring it back from a copy, or start the run again with another -o"
 
 
 class Run:
@@ -57,14 +58,18 @@ class Run:
             ConfigError: when the directory holds a running run, one that can be resumed, or files that are no run.
         """
         wanted = Path(output_dir) if output_dir else Path("runs") / name
-        try:
-            run = cls(cls._free(wanted))
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.instead_of = wanted if run.path != wanted else None
-        except OSError as error:
-            raise ConfigError(f"{wanted} cannot be made: {error.strerror}", "choose another -o") from None
-        run.lock()
-        return run
+        while True:
+            try:
+                run = cls(cls._free(wanted))
+                run.path.mkdir(parents=True, exist_ok=True)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"{wanted} cannot be made: {reason}", "choose another -o") from None
+            run.lock()
+            if not (run.path / "config.yaml").exists():
+                run.instead_of = wanted if run.path != wanted else None
+                return run
+            run.unlock()  # another process came first, between looking and locking: look again
 
     @classmethod
     def _free(cls, wanted: Path) -> Path:
@@ -124,8 +129,8 @@ class Run:
 
     def discard(self) -> None:
         """Remove a run directory that holds nothing worth keeping."""
+        shutil.rmtree(self.path, ignore_errors=True)  # while it is locked: the next to come may not lose its files
         self.unlock()
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def lock(self) -> None:
         """Take the directory for this process.
@@ -201,18 +206,21 @@ class Run:
         if not path.exists():
             return default
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"is damaged: {error}", file=str(path)) from None
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"is damaged: {error}", DAMAGED, file=str(path)) from None
+        if not isinstance(value, dict):
+            raise DataError("is damaged: it holds no object", DAMAGED, file=str(path))
+        return value
 
     def read_yaml(self, name: str) -> dict[str, Any]:
         """Read a YAML file of the run."""
         try:
             value = yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DataError(f"cannot be read: {error}", file=str(self.path / name)) from None
-        if not isinstance(value, dict):
-            raise DataError("holds no settings", file=str(self.path / name))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise DataError(f"cannot be read: {error}", DAMAGED, file=str(self.path / name)) from None
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise DataError("holds no settings", DAMAGED, file=str(self.path / name))
         return value
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
@@ -223,16 +231,19 @@ class Run:
         path = self.path / name
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                value = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
                 if number >= len(lines):
                     return
-                raise DataError(f"is damaged: {error}", file=str(path), row=number) from None
+                raise DataError(f"is damaged: {error}", DAMAGED, file=str(path), row=number) from None
+            if not isinstance(value, dict):
+                raise DataError("is damaged: it holds no object", DAMAGED, file=str(path), row=number)
+            yield value
 
 
 def list_runs(folder: str | Path = "runs") -> list[Run]:

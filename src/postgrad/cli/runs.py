@@ -37,7 +37,8 @@ def runs(
 
     table = Table("run", "status", "model", "data", "steps", "loss", "held out", "verdict")
     for row in rows:
-        heldout = "" if row["loss_before"] is None else f"{row['loss_before']:.3f} → {row['loss_after']:.3f}"
+        losses = (row["loss_before"], row["loss_after"])
+        heldout = "" if None in losses else "{:.3f} → {:.3f}".format(*losses)
         loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
         cells = (row["run"], row["status"], row["model"], row["data"], row["steps"], loss, heldout, row["verdict"])
         table.add_row(*(str(cell if cell is not None else "") for cell in cells))
@@ -60,16 +61,26 @@ def _read(run: Run) -> dict[str, Any]:
     status = environment.get("status", "unknown")
     if status == "running" and not run.in_use():
         status = "killed"  # its process ended without a word
-    losses = [row for row in run.read_rows("metrics.jsonl") if row.get("loss") is not None]
+    losses = [row for row in run.read_rows("metrics.jsonl") if _number(row.get("loss")) is not None]
     return {
         "run": str(run.path),
         "status": status,
-        "model": config.get("model_name_or_path") or environment.get("model", {}).get("name"),
+        "model": config.get("model_name_or_path") or _inside(environment, "model", "name"),
         "data": config.get("dataset_name") or "rows given in Python",
         "started": environment.get("started"),
-        "steps": losses[-1]["step"] if losses else 0,
+        "steps": losses[-1].get("step") if losses else 0,
         "loss": losses[-1]["loss"] if losses else None,
-        "loss_before": comparison.get("before", {}).get("loss"),
-        "loss_after": comparison.get("after", {}).get("loss"),
-        "verdict": comparison.get("verdict", {}).get("status"),
+        "loss_before": _number(_inside(comparison, "before", "loss")),
+        "loss_after": _number(_inside(comparison, "after", "loss")),
+        "verdict": _inside(comparison, "verdict", "status"),
     }
+
+
+def _inside(values: dict[str, Any], key: str, name: str) -> Any:
+    """One value of an object in a file, which someone may have changed."""
+    part = values.get(key)
+    return part.get(name) if isinstance(part, dict) else None
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

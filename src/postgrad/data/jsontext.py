@@ -104,18 +104,7 @@ def parse_items(text: str) -> Iterator[Any | JsonProblem]:
         _end(text, position)
         return
     while True:
-        item: Any
-        try:
-            item, after = _DECODER.raw_decode(text, position)
-        except JSONDecodeError as error:
-            raise _syntax(error, text) from None
-        except RecursionError:
-            raise JsonProblem("is nested too deeply", "flatten the lists and objects in it") from None
-        except JsonProblem as problem:
-            after = JSONDecoder().raw_decode(text, position)[1]
-            item = _placed(problem, text[position:after])
-        except ValueError:
-            raise JsonProblem("a number has too many digits", "write it as text, in double quotes") from None
+        item, after = _item(text, position)
         yield item
         position = _skip(text, after)
         following = text[position : position + 1]
@@ -125,6 +114,22 @@ def parse_items(text: str) -> Iterator[Any | JsonProblem]:
         if following != ",":
             raise _syntax(JSONDecodeError("Expecting ',' delimiter", text, position), text)
         position = _skip(text, position + 1)
+
+
+def _item(text: str, position: int) -> tuple[Any | JsonProblem, int]:
+    """The item at a position, or its problem, and where it ends."""
+    try:
+        try:
+            return _DECODER.raw_decode(text, position)
+        except JsonProblem as problem:
+            after = JSONDecoder().raw_decode(text, position)[1]
+            return _placed(problem, text[position:after]), after
+    except JSONDecodeError as error:
+        raise _syntax(error, text) from None
+    except RecursionError:
+        raise JsonProblem("is nested too deeply", "flatten the lists and objects in it") from None
+    except ValueError:
+        raise JsonProblem("a number has too many digits", "write it as text, in double quotes") from None
 
 
 def _skip(text: str, position: int) -> int:

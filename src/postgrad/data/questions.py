@@ -21,20 +21,19 @@ def read_questions(questions: list[str] | str | None) -> list[str]:
         return []
     if isinstance(questions, list):
         return [question for question in questions if question.strip()]
-    if questions == "tutorial":
-        path = Path(__file__).parent.parent / "demo" / "questions.json"
-    else:
-        path = Path(questions).expanduser()
+    tutorial = Path(__file__).parent.parent / "demo" / "questions.json"
+    path = tutorial if questions == "tutorial" else Path(questions)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read as a file of questions: {error}", file=str(questions)) from None
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, no path at all, no such home folder
+        cure = "give a file with one question per line, a .json list, or a list"
+        raise DataError(f"cannot be read as a file of questions: {error}", cure, file=str(questions)) from None
     if path.suffix != ".json":
         found = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"is not valid JSON: {error}", file=str(path)) from None
         if not isinstance(found, list) or not all(isinstance(item, str) and item.strip() for item in found):
             raise DataError("is not a list of texts", 'write ["first question", "second question"]', file=str(path))

@@ -171,11 +171,14 @@ def _read_template(path: str) -> str:
     if file.is_dir() and (file / "chat_template.jinja").exists():
         file = file / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template_path: {path} cannot be read: {error}", "save it as UTF-8 text") from None
     from transformers import AutoTokenizer
 
     try:
-        template = AutoTokenizer.from_pretrained(path).chat_template
+        template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
     except Exception as error:
         raise ConfigError(f"chat_template_path: {path} is no file, and loading it as a model failed: {error}") from None
     if not template:

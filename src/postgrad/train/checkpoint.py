@@ -180,8 +180,12 @@ def read(path: Path) -> tuple[LoopState, dict[str, Any], dict[str, torch.Tensor]
     problem = verify(path)
     if problem is not None:
         raise CheckpointError(f"{path} is no valid checkpoint: {problem}", "use another with resume_from_checkpoint")
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return LoopState(**state["loop"]), state["identity"], load_file(path / TENSORS)
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return LoopState(**state["loop"]), dict(state["identity"]), load_file(path / TENSORS)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:  # whole, but not as this version writes it
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is no checkpoint of this version: {problem}", "start a new run") from None
 
 
 def random_state() -> dict[str, torch.Tensor]:
