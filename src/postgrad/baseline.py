@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from postgrad.checks.prepare import fingerprint
 from postgrad.environment import describe
 from postgrad.evaluate import Exam, items_of
@@ -22,6 +24,11 @@ from postgrad.runs import write_atomic
 
 WORTH_KEEPING_SECONDS = 5.0
 MOST_FILES = 100
+
+
+def is_known_by_weights(model: torch.nn.Module) -> bool:
+    """Whether weights and versions say all about a model: not where its code is its own."""
+    return all(type(part).__module__.startswith(("transformers.", "torch.")) for part in model.modules())
 
 
 def place(exam: Exam, packed: PackedModel, token_budget: int, model_sha256: str) -> Path:

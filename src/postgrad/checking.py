@@ -183,12 +183,13 @@ def make_job(
     )
 
 
-def try_out(job: Job, choices: dict[str, Any]) -> None:
+def try_out(job: Job, choices: dict[str, Any], resumes: bool) -> None:
     """Look at the disk, and do the run's largest step once and undo it, before anything is asked.
 
     Args:
         job: the run.
         choices: how the model is computed; the token budget becomes lower where memory ran out.
+        resumes: a checkpoint will be continued, which has proved more than a rehearsal would.
 
     Raises:
         CheckError: naming what is refused.
@@ -199,7 +200,7 @@ def try_out(job: Job, choices: dict[str, Any]) -> None:
         isolation_check(job.packed),
         disk_check(run.path, job.packed.model, config, order.total_steps, order.steps_per_epoch),
     ]
-    if config.rehearsal and not any(item.status == "refuse" for item in checks):
+    if config.rehearsal and not resumes and not any(item.status == "refuse" for item in checks):
         found, choices["token_budget"] = rehearse(job, choices["token_budget"], config.save_strategy != "no")
         checks += found
     run.update_environment(choices=choices)
@@ -208,7 +209,7 @@ def try_out(job: Job, choices: dict[str, Any]) -> None:
         if item.status == "warn" or item.name in ("disk", "forecast"):
             job.display.note(f"{'warning: ' if item.status == 'warn' else ''}{item.name}: {item.message}")
     for item in checks:
-        if item.name == "rehearsal" and item.status == "refuse":
+        if item.evidence.get("finite") is False:
             raise TrainingStopped(item.message, item.cure)
     require(checks)
 

@@ -202,6 +202,5 @@ def make_ready(
         prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
         job = make_job(config, loaded, prepared, heldout, packed, choices, run, display)
-        if resume_from is None:
-            try_out(job, choices)
+        try_out(job, choices, resumes=resume_from is not None)
     return Ready(job, make_exam(config, loaded, renderer, heldout), choices)

@@ -196,7 +196,7 @@ class Run:
 
     def event(self, kind: str, **values: Any) -> None:
         """Record that something happened."""
-        self.append("events.jsonl", redact({"time": time.time(), "event": kind, **values}))
+        self.append("events.jsonl", redact(clean({"time": time.time(), "event": kind, **values})))
 
     # -- reading ------------------------------------------------------------------------------------------------
 

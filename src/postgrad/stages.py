@@ -126,7 +126,8 @@ def ask_before(
     if not (exam.questions or exam.examples) or run.read_rows("before.jsonl"):
         return
     path = None
-    if config.load_from_cache_file:
+    # A model handed over in Python may compute something else with the same weights, so only named ones are kept.
+    if isinstance(config, RunConfig) and config.load_from_cache_file and baseline.is_known_by_weights(packed.model):
         path = baseline.place(exam, packed, token_budget, run.read_json("environment.json")["model"]["sha256"])
     kept = baseline.recall(path) if path else None
     if kept is not None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,6 +198,15 @@ def test_shorter_max_steps(cli: Callable[..., Result], here: Path) -> None:
     assert result.code in (2, 5) and "max_steps" in result.text
     assert metrics(RUN)[-1]["step"] == 3
     assert_goes_on(cli)
+
+
+def test_a_disk_without_room(cli: Callable[..., Result], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postgrad.checks.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = cli("resume", "run")
+    assert result.code == 3 and "the disk is too small" in result.text
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert cli("resume", "run").code == 0
 
 
 def test_complete_run(cli: Callable[..., Result], here: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from postgrad import baseline
@@ -70,6 +71,16 @@ def test_other_weights_rows_or_tokens_ask_again(
     template.write_text(f"Chat.\n{tiny.CHATML}")
     assert sft("d", f"chat_template_path={template}") == "asked"
     assert sft("e") == "kept"
+
+
+def test_a_model_with_code_of_its_own_is_not_known_by_its_weights() -> None:
+    class Own(torch.nn.Linear):
+        pass
+
+    model = tiny.model("llama")
+    assert baseline.is_known_by_weights(model)
+    model.lm_head = Own(64, 608)
+    assert not baseline.is_known_by_weights(model)
 
 
 def test_asked_anew_where_that_is_wanted(sft: Callable[..., str], cache: Path) -> None:

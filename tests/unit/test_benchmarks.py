@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import measure, report, results, run, tables
+from benchmarks import agreement_report, measure, report, results, run, tables
 from benchmarks.documents import random_documents
 from benchmarks.peers import PEERS
 from benchmarks.peers.timing import Timing
@@ -120,3 +120,16 @@ def test_smoke_suite_through_real_processes(tmp_path: Path) -> None:
     assert {sum(found["repeats"][0]["step_tokens"]) for found in contenders.values()} == {96}
     losses = [found["summary"]["first_loss"] for found in contenders.values()]
     assert max(losses) - min(losses) < 0.01
+
+
+def test_agreement_tells_the_distance_of_the_ends_and_the_spread_between_seeds() -> None:
+    plain = [[2.0] * 20 + [1.0] * 20, [2.0] * 20 + [1.4] * 20]
+    ours = [[value + 0.01 for value in losses] for losses in plain]
+    seeds = [{"seed": n, "reference": a, "postgrad": b} for n, (a, b) in enumerate(zip(plain, ours, strict=True))]
+    made = {"environment": MACHINE, "steps": 40, "rows": 2, "seeds": seeds}
+    text = agreement_report.section(made, "images/x.svg")
+    assert "| 0 | 1.0000 | 1.0100 | +0.0100 | 0.0100 |" in text
+    assert "differs by 0.2828" in text and "at most 0.0100 from it" in text
+    assert agreement_report.chart(made).startswith("<?xml") and agreement_report.chart(made) == agreement_report.chart(
+        made
+    )

@@ -78,9 +78,9 @@ def rehearse(job: Job, token_budget: int, saves: bool) -> tuple[list[Check], int
             step = _one_step(job, state, order, optimizer, kept)
         checks += [_signal_check(step, model, config.learning_rate), *_checkpoint_check(job, state, optimizer, saves)]
     except TrainingStopped as error:
-        return [
-            Check("rehearsal", "refuse", f"the largest step, tried before the run: {error.message}", error.cure)
-        ], state.token_budget
+        message = f"the largest step, tried before the run: {error.message}"
+        cure = "look at those rows, and at the model's weights"
+        return [Check("rehearsal", "refuse", message, cure, evidence={"finite": False})], state.token_budget
     finally:
         optimizer.restore_dtype(dtypes)
         same = _put_back(model, kept)
