@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="cpu", choices=sorted(SUITES))
-    parser.add_argument("--only", help="run only workloads whose name holds this text")
+    parser.add_argument("--only", help="run only the workload of this name, or those whose name holds this text")
     parser.add_argument("--contenders", help="comma-separated, instead of the workload's own")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON to write; default: benchmarks/baselines/SUITE.json")
@@ -66,8 +66,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _selected(suite: str, only: str | None) -> Iterator[Workload]:
+    exact = only in {workload.name for workload in SUITES[suite]}
     for workload in SUITES[suite]:
-        if only and only not in workload.name:
+        if only and (workload.name != only if exact else only not in workload.name):
             continue
         if workload.needs and not has_flag(workload.needs):
             print(f"{workload.name}: skipped, this processor has no {workload.needs}", flush=True)

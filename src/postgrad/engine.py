@@ -63,7 +63,7 @@ def _engine(
     packed = PackedModel(model, packed_model.choose(model, dtype))
     order = DataOrder(len(prepared.examples), config)
     tokens = int(sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch)
-    wanted, why = worth_compiling(model, tokens, order.total_steps)
+    wanted, why = worth_compiling(model, tokens, order.total_steps, dtype)
     if config.torch_compile is not None:
         wanted, why = config.torch_compile, "asked for" if config.torch_compile else "not compiled: as set"
     memory, budget = None, config.token_budget or LEAST_TOKENS

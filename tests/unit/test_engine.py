@@ -120,8 +120,8 @@ def test_padding_changes_neither_loss_nor_gradient() -> None:
 
 def test_long_runs_are_worth_compiling_and_short_ones_are_not() -> None:
     model = tiny.model("llama")
-    assert not worth_compiling(model, 1000, 10)[0]
-    wanted, why = worth_compiling(model, 10**12, 10)
+    assert not worth_compiling(model, 1000, 10, torch.float32)[0]
+    wanted, why = worth_compiling(model, 10**12, 10, torch.float32)
     assert wanted and why.startswith("compiled: would save about")
     assert worth_graphing(model, 100_000, 100, compiled=False)
     assert not worth_graphing(model, 100_000, 3, compiled=False)

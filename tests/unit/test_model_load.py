@@ -199,6 +199,13 @@ def test_bf16_is_fast_on_gpus_from_ampere_on(monkeypatch: pytest.MonkeyPatch) ->
         assert load.fast_bf16(torch.device("cuda")) is fast
 
 
+def test_bf16_is_not_fast_where_the_matrix_library_may_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for allowed, fast in (("AVX512_CORE", False), ("avx2", False), ("AVX512_CORE_AMX", True), ("ALL", True)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+        assert load.fast_bf16(torch.device("cpu")) is fast
+
+
 # -- the demo model ----------------------------------------------------------------------------------------------
 
 

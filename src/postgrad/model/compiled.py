@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 # Rounded from one H100 and its host: eager passes launch a layer in 6 ms and compute at 1e14 operations a second; a
 # compiled pass takes about half, and compiling took 8 to 26 s, and again as much where early steps compiled once more.
-# On two CPU cores without AMX compiling took 15 to 28 s and saved 8% of a step of SmolLM2-135M.
+# On two CPU cores without AMX compiling took 15 to 28 s and saved 8% of a step of SmolLM2-135M in float32; with AMX in
+# bf16 it took 85 s and saved 16 to 20%, since there the matrix products are the smaller part.
 EAGER_SECONDS_PER_LAYER = 6e-3
 EAGER_GPU_FLOPS = 1.0e14
-EAGER_CPU_FLOPS = 1.5e11
-SAVED_SHARE = {"cuda": 0.55, "cpu": 0.08}
-COMPILE_SECONDS = {"cuda": 45.0, "cpu": 45.0}
+EAGER_CPU_FLOPS = {torch.float32: 1.5e11, torch.bfloat16: 2.4e11}
+SAVED_SHARE = {"cuda": 0.55, "cpu": 0.08, "cpu in bf16": 0.16}
+COMPILE_SECONDS = {"cuda": 45.0, "cpu": 45.0, "cpu in bf16": 85.0}
 RECOMPILE_LIMIT = 64
 GRAPHED_GPU_FLOPS = 3.5e14
 HOST_SECONDS_PER_LAYER = 3.5e-3
@@ -74,7 +75,7 @@ def _same_kernels_for_any_length() -> None:
         config.triton.mix_order_reduction = False
 
 
-def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[bool, str]:
+def worth_compiling(model: PreTrainedModel, tokens: int, passes: int, dtype: torch.dtype) -> tuple[bool, str]:
     """Estimate whether a run is long enough to compile for.
 
     From the work alone, not from a clock, so that the same run chooses the same on the same kind of machine.
@@ -83,6 +84,7 @@ def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[b
         model: on its device.
         tokens: read in the whole run.
         passes: forward passes in the whole run.
+        dtype: of the computation.
 
     Returns:
         The answer, and the estimate in words.
@@ -92,7 +94,8 @@ def worth_compiling(model: PreTrainedModel, tokens: int, passes: int) -> tuple[b
     if kind == "cuda":
         eager = max(work / EAGER_GPU_FLOPS, passes * len(decoder_layers(model)) * EAGER_SECONDS_PER_LAYER)
     else:
-        eager = work / EAGER_CPU_FLOPS
+        eager = work / EAGER_CPU_FLOPS.get(dtype, EAGER_CPU_FLOPS[torch.float32])
+        kind = "cpu in bf16" if dtype == torch.bfloat16 else "cpu"
     saved, cost = eager * SAVED_SHARE[kind], COMPILE_SECONDS[kind]
     verdict = "compiled" if saved > cost else "not compiled"
     return saved > cost, f"{verdict}: would save about {saved:,.0f} s and cost up to {cost:.0f} s"

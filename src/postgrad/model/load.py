@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from postgrad.nearby import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Values of oneDNN's ONEDNN_MAX_CPU_ISA under which it emulates bf16.
+ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -195,11 +198,15 @@ def choose_device(device: str, use_cpu: bool = False) -> torch.device:
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device computes bf16 in hardware: CUDA capability 8.0 or higher, AMX or AVX512-BF16.
 
-    ``torch.cuda.is_bf16_supported()`` is not asked: it counts emulation.
+    ``torch.cuda.is_bf16_supported()`` is not asked: it counts emulation. A processor's instructions do not count where
+    oneDNN, which multiplies matrices on a CPU, is told not to use them (``ONEDNN_MAX_CPU_ISA``).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
+        allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL"))
+        if allowed.upper() in ISA_WITHOUT_BF16:
+            return False
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
 
