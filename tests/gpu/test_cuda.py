@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,7 @@ def test_activations_are_recomputed_only_where_memory_is_short(tmp_path: Path, s
     shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12, "head_dim": 128}
     model = tiny.model("qwen3", max_position_embeddings=16_384, **shape).to("cuda")
     rows = [{"input_ids": [5 + (i * n) % 500 for i in range(12_000)]} for n in range(1, 9)]
+    gc.collect()  # an earlier trainer's cycles would be freed later, and make room
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(free - 4 * 2**30 if short else 0, dtype=torch.uint8, device="cuda")
