@@ -28,7 +28,7 @@ MOST_FILES = 100
 
 def is_known_by_weights(model: torch.nn.Module) -> bool:
     """Whether weights and versions say all about a model: not where its code is its own."""
-    return all(type(part).__module__.startswith(("transformers.", "torch.")) for part in model.modules())
+    return all(type(part).__module__.startswith(("transformers.", "torch.", "peft.")) for part in model.modules())
 
 
 def place(exam: Exam, packed: PackedModel, token_budget: int, model_sha256: str) -> Path:

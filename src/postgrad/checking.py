@@ -18,6 +18,7 @@ from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError, TrainingStopped
+from postgrad.model import adapters
 from postgrad.model.load import (
     DTYPES,
     LoadedModel,
@@ -140,7 +141,10 @@ def examine_rows(
         facts = describe(loaded)
         run.write_json("checks.json", content)
         run.update_environment(data={"train": data.facts, "heldout": split}, model=facts)
-        display.model(facts)
+        adapter = adapters.facts(loaded.model)
+        if adapter is not None:
+            run.update_environment(adapters=adapter)
+        display.model(facts, adapter)
         display.data(content, split)
     for item in [*prepared.checks, *more]:
         if item.status == "warn":
@@ -171,6 +175,8 @@ def make_job(
         },
         "config": computed(config),
     }
+    if adapters.has_adapters(loaded.model):
+        identity["adapters"] = adapters.facts(loaded.model)
     return Job(
         packed=packed,
         samples=prepared.samples,

@@ -172,6 +172,11 @@ class SFTConfig(BaseModel):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def changed(self) -> set[str]:
+        """Names of the options that differ from their defaults."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    @property
     def moments_rounded(self) -> bool:
         """Whether AdamW's moments are kept in less than float32, rounded by chance."""
         return self.optim in ("adamw_bf16", "adamw_8bit")
@@ -242,6 +247,20 @@ class RunConfig(SFTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype the model is loaded in."
     )
+    use_peft: bool = Field(False, description="Train an adapter (LoRA) instead of all weights.")
+    lora_r: int = Field(16, gt=0, description="Rank of the adapter.")
+    lora_alpha: int = Field(32, gt=0, description="The adapter counts lora_alpha / lora_r times (rsLoRA: / √lora_r).")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_target_modules: list[str] | str = Field(
+        "all-linear", description="Which layers get one: all-linear, or names such as [q_proj, v_proj]."
+    )
+    lora_modules_to_save: list[str] | None = Field(None, description="Modules that are trained whole beside it.")
+    use_rslora: bool = Field(False, description="Rank-stabilised LoRA: the adapter counts lora_alpha / √lora_r times.")
+    use_dora: bool = Field(False, description="DoRA: magnitudes beside the low-rank directions.")
+    load_in_4bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (CUDA, bitsandbytes).")
+    load_in_8bit: bool = Field(False, description="The frozen weights in 8 bits (CUDA, bitsandbytes).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="Kind of the 4 bits.")
+    use_bnb_nested_quant: bool = Field(False, description="Quantise the scales of the 4 bits as well.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model; needs model_revision.")
     dataset_name: list[str] | str = Field(..., description="File, folder or hub data set; several are mixed.")
     dataset_config: str | None = Field(None, description="Configuration (subset) of a hub data set.")
@@ -265,6 +284,13 @@ class RunConfig(SFTConfig):
             raise ValueError(f"{len(names)} data sets but {len(self.dataset_weights)} dataset_weights")
         if any(weight <= 0 for weight in self.dataset_weights or []):
             raise ValueError("dataset_weights must be positive")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            raise ValueError("weights in 4 or 8 bits cannot be trained: set use_peft=true to train an adapter")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("give load_in_4bit or load_in_8bit, not both")
+        unused = sorted(name for name in self.changed if name.startswith(("lora_", "use_rs", "use_do", "bnb_")))
+        if unused and not self.use_peft:
+            raise ValueError(f"{', '.join(unused)} has no effect without use_peft=true")
         if self.trust_remote_code and not self.model_revision:
             raise ValueError("trust_remote_code runs the model's code: pin it with model_revision=COMMIT")
         return self

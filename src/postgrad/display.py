@@ -44,13 +44,20 @@ class Display:
         elif self.tables:
             self.note(f"run    {path}")
 
-    def model(self, facts: dict[str, Any]) -> None:
-        """Show what was loaded."""
+    def model(self, facts: dict[str, Any], adapter: dict[str, Any] | None = None) -> None:
+        """Show what was loaded, and the adapter that is trained in it."""
         if self.tables:
             self.note(
                 f"model  {facts['name']}  {facts['architecture']}, {facts['parameters'] / 1e6:,.0f}M parameters, "
                 f"{facts['dtype']}, context {facts['context']:,}\n"
                 f"chat   template: {facts['template']}; stops on {' '.join(facts['stop_tokens'])}"
+            )
+        if adapter is not None:
+            where = adapter["target_modules"]
+            where = where if isinstance(where, str) else ", ".join(where)
+            self.note(
+                f"train  {adapter['kind']} of rank {adapter['rank']} in {where}: "
+                f"{adapter['trainable']:,} of {adapter['parameters']:,} parameters ({adapter['share']:.2%})"
             )
 
     def data(self, checks: dict[str, Any], heldout: dict[str, Any]) -> None:

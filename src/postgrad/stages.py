@@ -21,12 +21,14 @@ from postgrad.data.render import Renderer
 from postgrad.data.split import split_heldout
 from postgrad.display import Display
 from postgrad.evaluate import Exam, as_rows, compare, sit
+from postgrad.model import adapters
 from postgrad.model.load import (
     LoadedModel,
     load_model,
     weights_sha256,
 )
 from postgrad.model.packed import PackedModel
+from postgrad.model.quantized import quantization
 from postgrad.model.save import model_card
 from postgrad.recording import write_config
 from postgrad.resuming import restore
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
 
 def load(config: RunConfig) -> LoadedModel:
     """Load the model a configuration names."""
-    if config.save_dtype == "float32" and config.dtype == "auto":
+    if config.save_dtype == "float32" and config.dtype == "auto" and not config.use_peft:
         config = config.replace(dtype="float32")
-    return load_model(
+    loaded = load_model(
         config.model_name_or_path,
         revision=config.model_revision,
         dtype=config.dtype,
@@ -55,7 +57,25 @@ def load(config: RunConfig) -> LoadedModel:
         chat_template_path=config.chat_template_path,
         eos_token=config.eos_token,
         pad_token=config.pad_token,
+        merge=not config.use_peft,
+        quantization=quantization(config),
     )
+    if config.use_peft:
+        adapt(config, loaded)
+    return loaded
+
+
+def adapt(config: RunConfig, loaded: LoadedModel) -> None:
+    """Give the model a new adapter, or go on with the one that it came with."""
+    settings = adapters.lora_config(config)
+    assert settings is not None
+    if not adapters.has_adapters(loaded.model):
+        loaded.start_sha256 = weights_sha256(loaded.model)  # a new adapter changes nothing yet
+        base = str(loaded.folder.resolve()) if loaded.folder else loaded.name
+        adapters.attach(loaded.model, settings, base, config.seed)
+        return
+    given = {name: getattr(config, name) for name in config.changed & set(adapters.SETTINGS)}
+    adapters.go_on(loaded.model, given)
 
 
 def load_data(config: RunConfig) -> Data:

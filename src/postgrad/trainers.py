@@ -17,8 +17,9 @@ from postgrad.data.load import build_examples, from_dataset
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
+from postgrad.model import adapters
 from postgrad.model import packed as packed_model
-from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported
+from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported, saved_dtype
 from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
 from postgrad.model.save import save_model, write_card
@@ -66,6 +67,7 @@ class SFTTrainer:
         train_dataset: ``datasets.Dataset``, list of rows or DataFrame, in any format postgrad reads.
         eval_dataset: held-out rows, likewise.
         processing_class: the tokenizer; default: the model's.
+        peft_config: a ``peft.LoraConfig``: an adapter is trained instead of all weights. A PeftModel brings its own.
         formatting_func: turns a row into one text, trained on whole.
         questions: asked before and after; default: ``args.questions``.
         unsupported: further TRL arguments raise, with what to use instead.
@@ -82,6 +84,7 @@ class SFTTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         questions: list[str] | None = None,
         **unsupported: Any,
@@ -97,6 +100,7 @@ class SFTTrainer:
         if questions is not None:
             self.args = self.args.replace(questions=questions)
         self._loaded = self._load(model, processing_class)
+        self._adapt(peft_config)
         self.model, self.processing_class = self._loaded.model, self._loaded.tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self._formatting_func = formatting_func
@@ -182,7 +186,7 @@ class SFTTrainer:
         card = make_card(self.args, self._loaded, Data([], [], "", {}), run, comparison)
         if self.run is not None and (self.run.path / "model" / "README.md").exists():
             card = (self.run.path / "model" / "README.md").read_text(encoding="utf-8")
-        save_model(self.model, self.processing_class, folder, self.model.dtype)
+        save_model(self.model, self.processing_class, folder, saved_dtype(self._loaded))
         write_card(folder, card)
 
     # -- parts --------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ class SFTTrainer:
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
         if type(model).__name__.startswith("Peft"):
-            raise ConfigError("the model carries adapters", trl_options.TRAINER_ARGUMENTS["peft_config"])
+            model = adapters.adopt(model)
         refuse_unsupported(type(model).__name__, model.config)
         check_vocabulary(type(model).__name__, model, tokenizer)
         if self.args.use_cpu or (torch.cuda.is_available() and model.device.type == "cpu"):
@@ -212,6 +216,18 @@ class SFTTrainer:
         chat = prepare_chat(tokenizer, model.generation_config, **options)
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         return LoadedModel(model, tokenizer, chat, name, None, model.dtype)
+
+    def _adapt(self, peft_config: Any) -> None:
+        """Put a new adapter into the model, or let the one it came with train."""
+        loaded = self._loaded
+        if peft_config is None:
+            if adapters.has_adapters(loaded.model):
+                adapters.unfreeze(loaded.model)
+            return
+        if adapters.has_adapters(loaded.model):
+            raise ConfigError("the model carries an adapter already", "leave peft_config out to go on training it")
+        base = str(loaded.folder.resolve()) if loaded.folder else loaded.name
+        adapters.attach(loaded.model, peft_config, base, self.args.seed)
 
     def _examples(self, dataset: Any, name: str) -> Any:
         if self._formatting_func is not None:

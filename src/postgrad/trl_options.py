@@ -161,22 +161,8 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "belongs to fsdp, which is refused": ("fsdp_config",),
     "transformers' own trainer ignores it too; it is for scripts": ("do_train", "do_eval", "do_predict"),
-    "belongs to use_peft, which is refused": (
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_target_parameters",
-        "lora_modules_to_save",
-        "lora_task_type",
-        "use_rslora",
-        "use_dora",
-    ),
-    "belongs to load_in_4bit, which is refused": (
-        "bnb_4bit_quant_type",
-        "use_bnb_nested_quant",
-        "bnb_4bit_quant_storage",
-    ),
+    "an adapter is always that of a causal language model": ("lora_task_type",),
+    "where codes are stored changes no value": ("bnb_4bit_quant_storage",),
 }
 
 _ACCELERATE_DEFAULTS = {
@@ -189,7 +175,6 @@ _ACCELERATE_DEFAULTS = {
 }
 _ONE_PROCESS = "training runs in one process, on one device, for now; leave it out"
 _COMPILE = "layers are compiled by inductor in its default mode; use torch_compile=true or false"
-_QUANTISED = "full training needs unquantised weights; leave it out"
 _WHOLE_DATA = "data are read whole; use max_train_samples, or a slice such as NAME:train[:1000]"
 
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -244,9 +229,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "streaming": (_WHOLE_DATA, (False, None)),
     "datasets": ("use dataset_name with a list, and dataset_weights", (None, [])),
     "test_split_size": ("use eval_dataset_name; without it a part is held out by itself", (None,)),
-    "use_peft": ("adapters are not supported yet; leave it out to train all weights", (False, None)),
-    "load_in_8bit": (_QUANTISED, (False, None)),
-    "load_in_4bit": (_QUANTISED, (False, None)),
+    "lora_target_parameters": ("name the layers in lora_target_modules", (None, [])),
 }
 
 OPTIONS: dict[str, Option] = {
@@ -263,7 +246,6 @@ COMMAND_LINE_OPTIONS: dict[str, Option] = {
 
 # Arguments of TRL's SFTTrainer that postgrad's refuses, and what to use instead.
 TRAINER_ARGUMENTS: dict[str, str] = {
-    "peft_config": "adapters are not supported yet; leave it out to train all weights",
     "data_collator": "batches are built by postgrad; masks follow assistant_only_loss, last_turn_only and row weights",
     "compute_loss_func": "the loss is the mean cross-entropy over the trained tokens of a step",
     "compute_metrics": "evaluate() measures loss and perplexity; score answers of your own with generate_responses",
@@ -271,7 +253,7 @@ TRAINER_ARGUMENTS: dict[str, str] = {
     "callbacks": "use logging_steps, eval_steps, save_steps and early_stopping_patience, or read metrics.jsonl",
     "optimizers": "AdamW is built from learning_rate, adam_*, weight_decay and lr_scheduler_type",
     "optimizer_cls_and_kwargs": "AdamW is built from learning_rate, adam_*, weight_decay and lr_scheduler_type",
-    "quantization_config": "full training needs unquantised weights",
+    "quantization_config": "load the model with it yourself and hand it over with peft_config",
     "model_init": "pass a model, or its name or folder, as model",
     "tokenizer": "pass the tokenizer as processing_class",
 }

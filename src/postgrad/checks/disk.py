@@ -10,6 +10,7 @@ import torch
 
 from postgrad.checks.prepare import Check
 from postgrad.config import SFTConfig
+from postgrad.model.adapters import saved_parameters
 
 MASTER_BYTES = 4  # of a parameter in a checkpoint, beside its two moments
 
@@ -27,7 +28,7 @@ def disk_check(
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     one = int(trained * (MASTER_BYTES + 2 * config.moment_bytes))
-    final = sum(p.numel() * p.element_size() for p in model.parameters())
+    final = sum(p.numel() * p.element_size() for p in saved_parameters(model))
     every = {"no": 0, "steps": config.save_steps, "epoch": steps_per_epoch}[config.save_strategy]
     kept = math.ceil(total_steps / every) if every else 0
     if config.save_total_limit:

@@ -18,6 +18,7 @@ import torch
 from postgrad.checks.prepare import Check
 from postgrad.data.pack import split_balanced
 from postgrad.errors import TrainingStopped
+from postgrad.model.adapters import without_gradient_at_first
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.feed import STEPS_LOOKED_AT
@@ -73,10 +74,14 @@ def rehearse(job: Job, token_budget: int, saves: bool) -> tuple[list[Check], int
     optimizer = MasterOptimizer(model, config, job.compute_dtype)
     model.train()
     checks: list[Check] = []
+    later = without_gradient_at_first(model)
     try:
         with job.packed.attention(training=True):
             step = _one_step(job, state, order, optimizer, kept)
-        checks += [_signal_check(step, model, config.learning_rate), *_checkpoint_check(job, state, optimizer, saves)]
+        checks += [
+            _signal_check(step, model, config.learning_rate, later),
+            *_checkpoint_check(job, state, optimizer, saves),
+        ]
     except TrainingStopped as error:
         message = f"the largest step, tried before the run: {error.message}"
         cure = "look at those rows, and at the model's weights"
@@ -158,10 +163,17 @@ def _step_check(step: _Step, state: LoopState, same: bool) -> Check:
     return Check("rehearsal", "pass", message, evidence=evidence)
 
 
-def _signal_check(step: _Step, model: torch.nn.Module, learning_rate: float) -> Check:
-    """Gradients reach what should train, the update changes it, and nothing else has a gradient."""
-    without = [name for name, norm in step.norms.items() if not norm]
-    still = [name for name in step.norms if name not in step.changed and name not in without]
+def _signal_check(step: _Step, model: torch.nn.Module, learning_rate: float, later: set[str]) -> Check:
+    """Gradients reach what should train, the update changes it, and nothing else has a gradient.
+
+    Args:
+        step: what it did.
+        model: after it.
+        learning_rate: of the run.
+        later: names of what gets a gradient only from the second step on.
+    """
+    without = [name for name, norm in step.norms.items() if not norm and name not in later]
+    still = [name for name in step.norms if name not in step.changed and name not in without and name not in later]
     stray = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     evidence = {"tensors": len(step.norms), "without_gradient": without, "unchanged": still, "stray": stray}
     count = len(step.norms)
@@ -176,6 +188,9 @@ def _signal_check(step: _Step, model: torch.nn.Module, learning_rate: float) -> 
         cure = "expected for parts that this data does not use; otherwise the model's code drops them"
         return Check("learning-signal", "warn", "; ".join(parts), cure, [], evidence)
     message = f"gradients reach all {count} tensors that should train, and the update changes each"
+    if later:
+        reached = f"{count - len(later)} of {count}"
+        message = f"gradients reach {reached} tensors; the adapter's other factors follow when these have moved"
     return Check("learning-signal", "pass", message, evidence=evidence)
 
 

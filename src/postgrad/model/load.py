@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from postgrad.errors import ConfigError, ModelError
+from postgrad.model import adapters
 from postgrad.model.demo import DEMO_MODEL, demo_model_folder, gguf_folder
 from postgrad.model.packed import embedding_rows
 from postgrad.model.quiet import quiet
@@ -19,7 +20,7 @@ from postgrad.model.template import Chat, prepare_chat
 from postgrad.nearby import did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA under which it emulates bf16.
 ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
@@ -38,6 +39,7 @@ class LoadedModel:
         folder: where it was loaded from, or None for a hub name.
         source_dtype: dtype of the weights on disk.
         start_sha256: hash of the weights the run started from, where the model in memory has since been trained.
+        merge_error: where a saved adapter was merged, the largest difference of a logit, over the largest logit.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,7 @@ class LoadedModel:
     folder: Path | None
     source_dtype: torch.dtype
     start_sha256: str | None = None
+    merge_error: float | None = None
 
 
 def load_model(
@@ -59,8 +62,10 @@ def load_model(
     chat_template_path: str | None = None,
     eos_token: str | None = None,
     pad_token: str | None = None,
+    merge: bool = False,
+    quantization: Any = None,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; of an adapter, its base model with the adapter inside.
 
     Args:
         name: hub name, ``modelscope:NAME``, folder, ``.gguf`` file, or ``smollm2-demo``.
@@ -69,31 +74,37 @@ def load_model(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model; the revision must be pinned.
         chat_template_path, eos_token, pad_token: see :func:`postgrad.model.template.prepare_chat`.
+        merge: add an adapter to the weights instead, in float32, checked.
+        quantization: transformers' settings for a base model in fewer bits (QLoRA).
 
     Raises:
         ModelError: when the model cannot be found, loaded or used.
         ConfigError: for an unusable device or token.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    location = resolve(name, revision)
-    where = choose_device(device)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision and not isinstance(location, Path):
-        common["revision"] = revision
+    found, where = find(name, revision), choose_device(device)
+    common = found.options(trust_remote_code)
+    config, tokenizer, generation = _surroundings(name, found, common)
+    source, merging = _source_dtype(config), merge and found.adapter is not None
+    chosen = choose_dtype("float32" if merging else dtype, source, where)
+    if quantization is not None:
+        common.update(quantization_config=quantization, device_map={"": where})
     try:
-        config = AutoConfig.from_pretrained(location, **common)
-        refuse_unsupported(name, config)
-        tokenizer = AutoTokenizer.from_pretrained(location, **common)
-        source = _source_dtype(config)
         with quiet():
-            chosen = choose_dtype(dtype, source, where)
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=chosen, use_safetensors=True, **common)
-    except ModelError:
-        raise
+            model: Any = AutoModelForCausalLM.from_pretrained(found.model, dtype=chosen, use_safetensors=True, **common)
     except Exception as error:
         raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
-    place(model, where)
+    if quantization is None:
+        place(model, where)
+    merge_error = None
+    if found.adapter is not None:
+        model.generation_config = generation
+        if merging:
+            model, merge_error = adapters.merge_into(model, found.adapter)
+            model.to(choose_dtype(dtype, source, where))
+        else:
+            adapters.load_into(model, found.adapter)
     chat = prepare_chat(
         tokenizer,
         model.generation_config,
@@ -102,7 +113,8 @@ def load_model(
         pad_token=pad_token,
     )
     check_vocabulary(name, model, tokenizer)
-    return LoadedModel(model, tokenizer, chat, name, location if isinstance(location, Path) else None, source)
+    folder = found.adapter or (found.model if isinstance(found.model, Path) else None)
+    return LoadedModel(model, tokenizer, chat, name, folder, source, merge_error=merge_error)
 
 
 def load_tokenizer(
@@ -122,26 +134,90 @@ def load_tokenizer(
     Returns:
         Tokenizer, how it speaks, and the model's context in tokens.
     """
+    found = find(name, revision)
+    config, tokenizer, generation = _surroundings(name, found, found.options(trust_remote_code))
+    settled = {"chat_template_path": chat_template_path, "eos_token": eos_token, "pad_token": pad_token}
+    return tokenizer, prepare_chat(tokenizer, generation, **settled), _context(config, tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model is.
+
+    Args:
+        model: folder, or hub name; of an adapter, its base model's.
+        adapter: folder of the adapter, or None.
+        revision: of a hub name.
+    """
+
+    model: Path | str
+    adapter: Path | None = None
+    revision: str | None = None
+
+    def options(self, trust_remote_code: bool) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained``."""
+        given = self.revision and not isinstance(self.model, Path)
+        return {"trust_remote_code": trust_remote_code, **({"revision": self.revision} if given else {})}
+
+
+def find(name: str, revision: str | None = None) -> Found:
+    """Find a model, and behind an adapter its base.
+
+    Raises:
+        ModelError: where there is none, or the base of an adapter is missing.
+    """
+    location = resolve(name, revision)
+    folder = location if isinstance(location, Path) else _hub_adapter(location, revision)
+    if folder is None or not adapters.is_adapter(folder):
+        return Found(location, None, revision)
+    settings = adapters.read_settings(folder)
+    base = str(settings.base_model_name_or_path)
+    try:
+        under = resolve(base, settings.revision)
+    except ModelError as error:
+        cure = f"write where it is now into {folder / adapters.CONFIG_FILE}, as base_model_name_or_path"
+        raise ModelError(f"{name}: its base model is missing: {error.message}", cure) from None
+    if isinstance(under, Path) and adapters.is_adapter(under):
+        raise ModelError(f"{name} is an adapter of an adapter", f"merge its base first: postgrad export {base} --to hf")
+    return Found(under, folder, settings.revision)
+
+
+def _hub_adapter(name: str, revision: str | None) -> Path | None:
+    """The folder of an adapter on the hub; None where the name is no adapter's."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(name, revision=revision) is None:
+            return None
+        patterns = ["adapter_*", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception:  # whatever it is, loading it as a model says it better
+        return None
+    return folder if adapters.is_adapter(folder) else None
+
+
+def _surroundings(
+    name: str, found: Found, common: dict[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase, GenerationConfig]:
+    """Configuration, tokenizer and generation settings; of an adapter, the last two are its own where it has them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    location = resolve(name, revision)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision and not isinstance(location, Path):
-        common["revision"] = revision
+    own = found.adapter if found.adapter and (found.adapter / "tokenizer_config.json").exists() else None
+    stops = found.adapter if found.adapter and (found.adapter / "generation_config.json").exists() else None
     try:
-        config = AutoConfig.from_pretrained(location, **common)
+        config = AutoConfig.from_pretrained(found.model, **common)
         refuse_unsupported(name, config)
-        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+        tokenizer = AutoTokenizer.from_pretrained(own or found.model, **common)
         try:
-            generation = GenerationConfig.from_pretrained(location, **common)
+            generation = GenerationConfig.from_pretrained(stops or found.model, **common)
         except OSError:
             generation = GenerationConfig.from_model_config(config)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
-    settled = {"chat_template_path": chat_template_path, "eos_token": eos_token, "pad_token": pad_token}
-    return tokenizer, prepare_chat(tokenizer, generation, **settled), _context(config, tokenizer)
+    return config, tokenizer, generation
 
 
 def place(model: torch.nn.Module, device: torch.device) -> None:
@@ -166,9 +242,10 @@ def resolve(name: str, revision: str | None = None) -> Path | str:
             raise ModelError(f"{name} is a file but no .gguf file", "give a model folder, a .gguf file or a hub name")
         return gguf_folder(path)
     if path.is_dir():
-        if (path / "config.yaml").exists() and (path / "model" / "config.json").exists():
-            return path / "model"
-        if not (path / "config.json").exists():
+        inside = path / "model"
+        if (path / "config.yaml").exists() and ((inside / "config.json").exists() or adapters.is_adapter(inside)):
+            return inside
+        if not (path / "config.json").exists() and not adapters.is_adapter(path):
             raise ModelError(f"{name} holds no model (no config.json)", _similar(path))
         return path
     if name.startswith((".", "/", "~")) or "\\" in name or name.endswith(".gguf") or name.count("/") > 1:
@@ -222,6 +299,11 @@ def choose_dtype(wanted: str, source: torch.dtype, device: torch.device) -> torc
     return torch.float32
 
 
+def saved_dtype(loaded: LoadedModel) -> torch.dtype:
+    """The dtype to save in unless another is asked for: the source's, and float32 for adapters, which are small."""
+    return torch.float32 if adapters.has_adapters(loaded.model) else loaded.source_dtype
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """One hash over every parameter's name, dtype, shape and bytes: the identity of the weights."""
     digest = hashlib.sha256()
@@ -247,10 +329,11 @@ def _context(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 def describe(loaded: LoadedModel) -> dict[str, Any]:
     """Facts about the model for ``environment.json`` and the terminal."""
     model, chat = loaded.model, loaded.chat
+    adapter = adapters.facts(model)
     return {
         "name": loaded.name,
         "architecture": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": adapter["parameters"] if adapter else sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "source_dtype": str(loaded.source_dtype).removeprefix("torch."),
         "context": context_length(model, loaded.tokenizer),

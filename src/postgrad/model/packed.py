@@ -7,7 +7,7 @@ give what each gives alone, they go one by one; if our head does not give the mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -199,15 +199,19 @@ def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> 
 
 
 @contextmanager
-def weights_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Give the parameters another dtype inside the block, and their own values back after it."""
-    kept = [parameter.data for parameter in model.parameters()]
+def weights_in(
+    model: torch.nn.Module, dtype: torch.dtype, parameters: Iterable[torch.nn.Parameter] | None = None
+) -> Iterator[None]:
+    """Give the parameters, or some of them, another dtype inside the block, and their own values back after it."""
+    chosen = list(model.parameters() if parameters is None else parameters)
+    kept = [parameter.data for parameter in chosen]
     try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        for parameter in chosen:
+            if parameter.is_floating_point():  # not the codes of quantised weights
+                parameter.data = parameter.data.to(dtype)
         yield
     finally:
-        for parameter, data in zip(model.parameters(), kept, strict=True):
+        for parameter, data in zip(chosen, kept, strict=True):
             parameter.data = data
 
 
@@ -244,6 +248,8 @@ def _probe_head(model: PreTrainedModel, ids_T: torch.Tensor, expected_TV: torch.
     try:
         hidden_TD = model.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
         head = model.get_output_embeddings()
+        if type(head).__module__.startswith("peft."):  # its weight is not all that it computes
+            return "model", 1.0, None, "the model's own head is used: it has an adapter"
         logits_TV = head(hidden_TD).float() * scale
         if softcap is not None:
             logits_TV = softcap * torch.tanh(logits_TV / softcap)

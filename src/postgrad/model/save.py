@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from postgrad.errors import PostgradError
+from postgrad.model.adapters import saved_parameters
 from postgrad.model.packed import weights_in
 from postgrad.model.quiet import quiet
 from postgrad.redaction import redact
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> Path:
-    """Save weights, configuration, generation settings, tokenizer and template.
+    """Save weights, configuration, generation settings, tokenizer and template; of adapters, only these.
 
     Args:
         model, tokenizer: what to save.
@@ -36,7 +37,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        with weights_in(model, dtype), quiet():
+        with weights_in(model, dtype, saved_parameters(model)), quiet():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():  # another user may serve the model
@@ -62,8 +63,8 @@ def write_card(folder: Path, card: str) -> None:
 
 @torch.no_grad()
 def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to ``dtype``, keeping its own: what is asked is then what is saved."""
-    for parameter in model.parameters():
+    """Round what will be saved to ``dtype``, keeping its own: what is asked is then what is saved."""
+    for parameter in saved_parameters(model):
         if parameter.dtype != dtype:
             parameter.copy_(parameter.to(dtype))
 
