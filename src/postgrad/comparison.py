@@ -13,6 +13,7 @@ from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, Item, as_rows, compare, sit
 from postgrad.model import packed as packed_model
+from postgrad.model.adapters import is_adapter
 from postgrad.model.load import LoadedModel, context_length, weights_sha256
 from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
@@ -52,7 +53,8 @@ def compare_run(path: str, display: Display) -> Compared:
     """
     run = Run.open(path)
     values = run.read_yaml("config.yaml")
-    if not (run.path / "model" / "config.json").exists():
+    saved = run.path / "model"
+    if not (saved / "config.json").exists() and not is_adapter(saved):
         raise ConfigError(f"{path} has no saved model", f"finish it first: postgrad resume {path}")
     if "model_name_or_path" not in values:
         raise ConfigError(f"{path} was started from Python", f"name both: postgrad compare MODEL {path}/model -d DATA")

@@ -28,6 +28,10 @@ from postgrad.errors import ConfigError
 from postgrad.redaction import holds_secret
 
 Interval = Literal["no", "steps", "epoch"]
+# What says that an adapter is wanted. Not lora_dropout: configs of TRL carry its default without wanting one.
+ADAPTER_OPTIONS = {
+    "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
+}  # fmt: skip
 RESERVED_TEMPLATE_VARIABLES = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "tokenizer",
     "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
@@ -288,7 +292,7 @@ class RunConfig(SFTConfig):
             raise ValueError("weights in 4 or 8 bits cannot be trained: set use_peft=true to train an adapter")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("give load_in_4bit or load_in_8bit, not both")
-        unused = sorted(name for name in self.changed if name.startswith(("lora_", "use_rs", "use_do", "bnb_")))
+        unused = sorted(name for name in self.changed if name in ADAPTER_OPTIONS)
         if unused and not self.use_peft:
             raise ValueError(f"{', '.join(unused)} has no effect without use_peft=true")
         if self.trust_remote_code and not self.model_revision:
@@ -376,6 +380,8 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _suggest(name: str, known: set[str]) -> str:
+    if name == "use_peft" or name.startswith("lora_") or name in ADAPTER_OPTIONS:
+        return "in Python give SFTTrainer(…, peft_config=peft.LoraConfig(…))"
     if trl_options.SYNONYMS.get(name, name) in RunConfig.model_fields:
         return "it belongs to 'postgrad sft'; in Python give the model and the data to SFTTrainer"
     near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)

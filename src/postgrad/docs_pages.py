@@ -58,6 +58,16 @@ DEFAULTS_THAT_DIFFER: dict[str, tuple[str, str, str]] = {
             "Here excess_length_strategy decides, and every such row is counted."
         ),
     ),
+    "lora_target_modules": (
+        "none",
+        "all-linear",
+        "TRL leaves it to PEFT, which adapts two of the seven layers of a block; all of them learn more.",
+    ),
+    "lora_dropout": (
+        "0.05",
+        "0.0",
+        "A fine-tuning of few epochs hardly needs it, and without it passes can be graphed.",
+    ),
     "run_name": ("none", "sft", "It names the run directory, runs/NAME."),
     "dtype": (
         "float32",

@@ -68,7 +68,7 @@ POSTGRAD_ONLY = frozenset(
 )
 
 # Honoured options whose TRL default is None, where postgrad has a default of its own.
-NONE_MEANS_DEFAULT = frozenset({"run_name", "dtype"})
+NONE_MEANS_DEFAULT = frozenset({"run_name", "dtype", "lora_target_modules"})
 
 INTERVALS = frozenset({"eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"})
 

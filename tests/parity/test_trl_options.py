@@ -109,6 +109,7 @@ def test_trainer_arguments_of_trl_are_supported_or_refused() -> None:
         "eval_dataset",
         "processing_class",
         "formatting_func",
+        "peft_config",
     }
     assert theirs - supported <= set(trl_options.TRAINER_ARGUMENTS)
     assert not supported & set(trl_options.TRAINER_ARGUMENTS)

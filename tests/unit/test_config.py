@@ -202,13 +202,19 @@ def test_packing_is_accepted_and_its_other_meaning_is_told() -> None:
         ("report_to", "wandb", "metrics.jsonl"),
         ("deepspeed", "zero3.json", "one process"),
         ("trust_remote_code", True, "SFTTrainer"),
-        ("use_peft", True, "all weights"),
     ],
 )
 def test_refused_options_say_what_to_use(name: str, value: Any, instead: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is not supported") as caught:
         SFTConfig(**{name: value})
     assert caught.value.cure is not None and instead in caught.value.cure
+
+
+@pytest.mark.parametrize("name", ["use_peft", "lora_r", "use_dora"])
+def test_adapters_are_an_argument_in_python(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option '{name}'") as caught:
+        SFTConfig(**{name: 1})
+    assert caught.value.cure is not None and "peft_config" in caught.value.cure
 
 
 def test_a_secret_in_an_ignored_option_is_not_repeated() -> None:

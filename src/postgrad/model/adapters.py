@@ -6,6 +6,7 @@ else has to know, but for what is said here.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,9 @@ def attach(model: PreTrainedModel, settings: PeftConfig, base: str, seed: int) -
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            model.add_adapter(settings, NAME)
+            with warnings.catch_warnings():  # PEFT warns of the layers of GPT-2, and does the right thing
+                warnings.simplefilter("ignore", UserWarning)
+                model.add_adapter(settings, NAME)
         except (ValueError, TypeError, KeyError) as error:
             message = str(error).strip().partition("\n")[0]
             known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
@@ -187,13 +190,19 @@ def load_into(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ModelError: where tensors are missing, left over or of another shape.
     """
-    from peft import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
-        model.load_adapter(str(folder), NAME)
+        wanted = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        settings = read_settings(folder)
+        base = settings.base_model_name_or_path
+        # Not transformers' load_adapter: after it, the merged model would be saved under PEFT's names.
+        model.add_adapter(settings, NAME)
+        settings.base_model_name_or_path = base
+        set_peft_model_state_dict(model, wanted, adapter_name=NAME)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         message = str(error).strip().partition("\n")[0]
         raise ModelError(f"{folder}: the adapter cannot be loaded: {message}", "is it of this base model?") from None
@@ -201,7 +210,6 @@ def load_into(model: PreTrainedModel, folder: Path) -> None:
         parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(False)
     found = get_peft_model_state_dict(model, adapter_name=NAME)
-    wanted = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     wrong = sorted({*wanted} ^ {*found}) or [
         name for name, tensor in wanted.items() if not torch.equal(found[name].cpu(), tensor.to(found[name].dtype))
     ]
