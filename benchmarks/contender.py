@@ -61,7 +61,8 @@ def _measure(outcome: dict[str, Any], peer: Any, workload: Workload, repeats: in
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = build_model(workload.model, device)
         documents = documents or make_documents(workload, tokenizer, model.config.vocab_size)
-        cost = flops(documents, model) / sum(len(row["input_ids"]) for row in documents)
+        share = 2 / 3 if workload.adapters else 1  # of forward, gradients of activations, and gradients of weights
+        cost = share * flops(documents, model) / sum(len(row["input_ids"]) for row in documents)
         forget_peak()
         with tempfile.TemporaryDirectory() as folder:
             timing: Timing = peer(model, tokenizer, documents, workload, Path(folder))

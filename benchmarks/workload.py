@@ -24,6 +24,7 @@ class Workload:
         document_tokens: give every random document this length; None: log-normal, about 400.
         environment: variables of the measured process.
         needs: a processor flag without which the workload means nothing.
+        adapters: LoRA is trained, so that no gradients of the weights are computed.
         axis: the quantity that a scaling curve varies; ``at`` is this point's value.
     """
 
@@ -39,6 +40,7 @@ class Workload:
     needs: str | None = None
     axis: str | None = None
     at: float | None = None
+    adapters: bool = False
 
     @property
     def examples_per_step(self) -> int:
@@ -49,12 +51,15 @@ class Workload:
         """Everything that makes two measurements comparable; who takes part does not."""
         facts = asdict(self)
         del facts["contenders"]
+        if not self.adapters:  # results from before it existed stay comparable
+            del facts["adapters"]
         return facts
 
 
 CPU = ("postgrad", "trl", "trl-tuned", "transformers")
 TUTORIAL = ("postgrad-eager", "postgrad-compiled", "trl", "trl-nockpt")
 LARGE = ("postgrad-compiled", "trl-best")  # too few steps for postgrad to choose compiling by itself
+LORA = ("postgrad-lora", "trl-best-lora", "trl-best-lora-ckpt")
 LARGE_MODEL = ("postgrad-compiled", "trl-best-ckpt")  # without recomputed activations it does not fit
 SIZES = {"qwen3-0.6b": ("Qwen3-0.6B", 0.6), "qwen3-1.7b": ("Qwen3-1.7B", 1.7), "qwen3-4b": ("Qwen3-4B", 4.0)}
 
@@ -79,6 +84,7 @@ def _h100() -> list[Workload]:
         Workload("Qwen3-0.6B shape, 40 documents a step", "qwen3-0.6b", 1200, 40, 1, (*LARGE, "trl-bf16")),
         Workload("Qwen3-1.7B shape, 40 documents a step", "qwen3-1.7b", 800, 40, 1, LARGE),
         Workload("Qwen3-4B shape, 40 documents a step", "qwen3-4b", 400, 40, 1, LARGE_MODEL),
+        Workload("Qwen3-4B shape, LoRA of rank 16", "qwen3-4b", 400, 40, 1, LORA, adapters=True),
     ]
 
 

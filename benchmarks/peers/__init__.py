@@ -49,6 +49,11 @@ PEERS: dict[str, Peer] = {
         "trl-best with the weights themselves in bf16, where small updates are lost in rounding; for reference",
         {"bf16_weights": True},
     ),
+    "postgrad-lora": Peer("postgrad", "postgrad, LoRA, compiled", {"torch_compile": True, "adapter": True}),
+    "trl-best-lora": Peer("trl_best", "trl-best with PEFT's LoRA over bf16 weights", {"adapter": True}),
+    "trl-best-lora-ckpt": Peer(
+        "trl_best", "the same with checkpointing", {"adapter": True, "gradient_checkpointing": True}
+    ),
     "transformers": Peer("transformers", "`transformers.Trainer`, a padding collator, bf16 autocast, no checkpointing"),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import Document
+from benchmarks.peers import lora
 from benchmarks.peers.timing import Timing
 from benchmarks.workload import Workload
 from postgrad import SFTConfig, SFTTrainer
@@ -20,12 +21,14 @@ def run(
     workload: Workload,
     folder: Path,
     torch_compile: bool | None = None,
+    adapter: bool = False,
 ) -> Timing:
     """Train with postgrad.
 
     Args:
         model, tokenizer, documents, workload, folder: as every contender takes them.
         torch_compile: None leaves the choice to postgrad.
+        adapter: train LoRA over bf16 weights.
     """
     settings: dict[str, Any] = {
         "per_device_train_batch_size": workload.per_device_train_batch_size,
@@ -41,7 +44,10 @@ def run(
         train_sampling_strategy="sequential",
         **settings,
     )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=documents, processing_class=tokenizer)
+    more = {"peft_config": lora.settings()} if adapter else {}
+    if adapter:
+        model = lora.base(model)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=documents, processing_class=tokenizer, **more)
     started = time.perf_counter()
     trainer.train()
     wall = time.perf_counter() - started

@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.documents import Document
+from benchmarks.peers import lora
 from benchmarks.peers.stopwatch import timed
 from benchmarks.peers.timing import Timing
 from benchmarks.workload import Workload
@@ -21,12 +22,14 @@ def run(
     documents: list[Document],
     workload: Workload,
     folder: Path,
+    adapter: bool = False,
     **changes: Any,
 ) -> Timing:
     """Train with TRL on the same rows in the same order.
 
     Args:
         model, tokenizer, documents, workload, folder: as every contender takes them.
+        adapter: train LoRA over bf16 weights.
         changes: options of ``SFTConfig`` that differ from the tutorial's.
     """
     settings: dict[str, Any] = {
@@ -49,5 +52,8 @@ def run(
         **settings,
     )
     dataset = Dataset.from_list(documents)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    more = {"peft_config": lora.settings()} if adapter else {}
+    if adapter:
+        model = lora.base(model)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **more)
     return timed(trainer, settings)

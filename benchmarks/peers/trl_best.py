@@ -24,6 +24,7 @@ def run(
     folder: Path,
     bf16_weights: bool = False,
     gradient_checkpointing: bool = False,
+    adapter: bool = False,
 ) -> Timing:
     """Train on packs of 4096 tokens, about as many tokens a step as the workload has.
 
@@ -31,6 +32,7 @@ def run(
         model, tokenizer, documents, workload, folder: as every contender takes them.
         bf16_weights: keep the weights themselves in bf16: faster, but small updates are lost in rounding.
         gradient_checkpointing: for models that do not fit without.
+        adapter: train LoRA over bf16 weights.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("this contender needs a GPU")
@@ -43,6 +45,7 @@ def run(
         documents,
         workload,
         folder,
+        adapter=adapter,
         **packs(documents, workload),
         packing=True,
         max_length=PACK,
