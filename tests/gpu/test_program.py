@@ -47,6 +47,18 @@ def test_a_resume_is_exact_on_the_gpu(cli: Callable[..., Result], job: list[str]
     assert result.json()["exact"]
 
 
+@pytest.mark.parametrize("options", [[], ["use_dora=true"], ["load_in_4bit=true"], ["load_in_8bit=true"]])
+def test_an_adapter_trains(cli: Callable[..., Result], job: list[str], options: list[str]) -> None:
+    if any(option.startswith("load_in") for option in options):
+        pytest.importorskip("bitsandbytes")
+    adapter = ["use_peft=true", "lora_r=4", "learning_rate=1e-2", *options]
+    result = cli("sft", *job, *adapter, "-o", "run")
+    assert result.code == 0, result.text
+    losses = [row["loss"] for row in metrics(Path("run")) if "loss" in row]
+    assert losses[-1] < losses[0] - 0.05
+    assert cli("ask", "-m", "run", "alpha beta", "--max-new-tokens", "4").code == 0
+
+
 def test_a_spike_stops_the_run(cli: Callable[..., Result], model_folder: Callable[..., str], tmp_path: Path) -> None:
     easy, wild = [7, 8, 9, 10] * 6, random.Random(1).sample(range(300, 600), 12)
     rows = [{"input_ids": easy, "labels": easy} for _ in range(100)]

@@ -6,6 +6,7 @@ else has to know, but for what is said here.
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,19 +266,27 @@ def facts(model: PreTrainedModel) -> dict[str, Any] | None:
         return None
     settings: Any = next(iter(model.peft_config.values()))
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - trainable
+    parameters = sum(_count(parameter) for parameter in model.parameters()) - trainable
     targets = settings.target_modules
     return {
         "kind": "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA",
         "rank": settings.r,
         "alpha": settings.lora_alpha,
         "dropout": settings.lora_dropout,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets or []),
+        "target_modules": targets
+        if isinstance(targets, str)
+        else sorted({name.rpartition(".")[2] for name in targets}),
         "modules_to_save": sorted(settings.modules_to_save or []),
         "trainable": trainable,
         "parameters": parameters,
         "share": trainable / parameters,
     }
+
+
+def _count(parameter: torch.nn.Parameter) -> int:
+    """Numbers that a parameter stands for: two in each byte of 4-bit weights."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
 
 
 def without_gradient_at_first(model: PreTrainedModel) -> set[str]:

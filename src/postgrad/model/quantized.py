@@ -28,7 +28,9 @@ def quantization(config: RunConfig) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ConfigError(f"{option} needs the bitsandbytes package", "pip install bitsandbytes") from None
+        raise ConfigError(
+            f"{option} needs the bitsandbytes package", "pip install bitsandbytes, or postgrad[qlora]"
+        ) from None
     from transformers import BitsAndBytesConfig
 
     if config.load_in_8bit:
