@@ -58,6 +58,7 @@ DEFAULTS_THAT_DIFFER: dict[str, tuple[str, str, str]] = {
             "Here excess_length_strategy decides, and every such row is counted."
         ),
     ),
+    "project": ("huggingface", "none: postgrad", "WANDB_PROJECT and its like count where none is given."),
     "run_name": ("none", "sft", "It names the run directory, runs/NAME."),
     "dtype": (
         "float32",
