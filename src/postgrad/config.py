@@ -32,6 +32,7 @@ Interval = Literal["no", "steps", "epoch"]
 ADAPTER_OPTIONS = {
     "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora",
 }  # fmt: skip
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 RESERVED_TEMPLATE_VARIABLES = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "tokenizer",
     "continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length",
@@ -127,6 +128,12 @@ class SFTConfig(BaseModel):
     spike_threshold: float = Field(
         8.0, gt=0, description="How far that is, in robust standard deviations of the last 64 steps."
     )
+    report_to: list[str] | str = Field(
+        "none", description="Trackers that get the metrics as well: tensorboard, trackio, wandb, mlflow, or a list."
+    )
+    project: str | None = Field(
+        None, description="Project or experiment there; default: the tracker's environment variable, else postgrad."
+    )
     disable_tqdm: bool | None = Field(None, description="True: plain lines instead of a progress bar.")
     eval_strategy: Interval = Field("no", description="When to measure the held-out loss during training.")
     eval_steps: int | None = Field(None, gt=0, description="Steps between evaluations; default: logging_steps.")
@@ -171,6 +178,12 @@ class SFTConfig(BaseModel):
         return list(self._notes)
 
     @property
+    def trackers(self) -> list[str]:
+        """The trackers to report to, each once."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(names) if name != "none"]
+
+    @property
     def examples_per_step(self) -> int:
         """Examples one optimizer step sees on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -210,6 +223,19 @@ class SFTConfig(BaseModel):
                 except ValueError:
                     return value
         return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        """Read what asks for nothing as none, and refuse what is no tracker."""
+        if value is None or value is False or value in ("", []):
+            return "none"
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if name == "all":
+                raise ValueError("'all' would report to whatever happens to be installed: name the trackers")
+            if name != "none" and name not in TRACKERS:
+                raise ValueError(f"Input should be none, {', '.join(TRACKERS)}, or a list of them")
+        return list(value) if isinstance(value, tuple) else value
 
     @model_validator(mode="after")
     def _no_secrets(self) -> Self:

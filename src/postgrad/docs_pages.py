@@ -68,6 +68,7 @@ DEFAULTS_THAT_DIFFER: dict[str, tuple[str, str, str]] = {
         "0.0",
         "A fine-tuning of few epochs hardly needs it, and without it passes can be graphed.",
     ),
+    "project": ("huggingface", "none: postgrad", "WANDB_PROJECT and its like count where none is given."),
     "run_name": ("none", "sft", "It names the run directory, runs/NAME."),
     "dtype": (
         "float32",

@@ -26,6 +26,8 @@ from postgrad.report.page import write_report
 from postgrad.resuming import find_checkpoint, resumed_config
 from postgrad.runs import Run
 from postgrad.stages import ask_after, ask_before, conclude, fit, load, load_data, make_card, make_exam
+from postgrad.tracking import Tracking, tracked
+from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job
 
@@ -148,7 +150,17 @@ def fine_tune(
         resume_from: a checkpoint to continue from.
     """
     ready = make_ready(config, loaded, data, run, display, resume_from)
+    resumed_at = None if resume_from is None else checkpoint.step_of(resume_from)
+    with tracked(config, run, display, resumed_at) as tracking:
+        return _measured(config, loaded, data, ready, tracking, resume_from)
+
+
+def _measured(
+    config: SFTConfig, loaded: LoadedModel, data: Data, ready: Ready, tracking: Tracking, resume_from: Path | None
+) -> Outcome:
+    """Ask before, train, ask after, report; arguments as in :func:`fine_tune`."""
     job, exam, choices = ready.job, ready.exam, ready.choices
+    run, display, job.tracking = job.run, job.display, tracking
     with timed(run, "before"):
         ask_before(config, exam, job.packed, choices["token_budget"], run, display)
     with timed(run, "train"):
@@ -161,6 +173,7 @@ def fine_tune(
     with timed(run, "after"):
         ask_after(exam, job.packed, choices["token_budget"], run, display)
     comparison = conclude(run, loaded.model, display)
+    tracking.conclude(comparison, state.step)
     if saves_model:
         write_card(run.path / "model", make_card(config, loaded, data, run, comparison))
     run.update_environment(status="complete", finished=now())

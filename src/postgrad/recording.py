@@ -23,6 +23,7 @@ from postgrad.errors import (
 )
 from postgrad.report.page import write_report
 from postgrad.runs import Run
+from postgrad.tracking import require_installed
 
 
 @contextmanager
@@ -41,6 +42,7 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
     run.update_environment(status="running", started=now(), notes=config.notes, **environment.describe(device))
     run.event("started")
     try:
+        require_installed(config)
         yield
     except BaseException as error:
         ending = "stopped" if isinstance(error, TrainingStopped) else "failed"

@@ -24,6 +24,8 @@ NOT_COMPUTED = {
     "rehearsal",
     "logging_steps",
     "logging_first_step",
+    "report_to",
+    "project",
     "spike_action",
     "spike_threshold",
     "save_strategy",

@@ -246,12 +246,6 @@ class Run:
             yield value
 
 
-def list_runs(folder: str | Path = "runs") -> list[Run]:
-    """Every run directly inside ``folder``, oldest first."""
-    found = [Run(path.parent) for path in Path(folder).glob("*/config.yaml")]
-    return sorted(found, key=lambda run: (run.path / "config.yaml").stat().st_mtime)
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new content, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

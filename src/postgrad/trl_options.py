@@ -133,8 +133,7 @@ _HARMLESS: dict[str, tuple[str, ...]] = {
         "include_tokens_per_second",
         "skip_memory_metrics",
     ),
-    "belongs to report_to, and there are no tracking backends yet": (
-        "project",
+    "trackio logs on this machine; send it to a Space with 'trackio sync', or name one in TRACKIO_SPACE_ID": (
         "trackio_space_id",
         "trackio_bucket_id",
         "trackio_static_space_id",
@@ -202,10 +201,6 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "group_by_length": ("use train_sampling_strategy=random: there is no padding to save", (False, None)),
     "shuffle_dataset": ("use train_sampling_strategy=random, which reshuffles in every epoch", (False, None)),
     "logging_strategy": ("use logging_steps: the loss is logged every so many steps", ("steps",)),
-    "report_to": (
-        "metrics.jsonl in the run directory is always written; tracking backends come later; use report_to=none",
-        ("none", None, False, "", [], ["none"]),
-    ),
     "eval_delay": ("use eval_steps: the first evaluation is after as many steps", (0, None)),
     "push_to_hub": ("upload the run's model folder with: hf upload NAME RUN/model", (False, None)),
     "overwrite_output_dir": ("use another output_dir: a finished run is never overwritten", (False, None)),

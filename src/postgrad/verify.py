@@ -176,6 +176,7 @@ def _shortened(config: RunConfig, steps: int) -> RunConfig:
         save_total_limit=None,
         rehearsal=False,
         resume_from_checkpoint=None,
+        report_to="none",
         spike_action="off" if config.spike_action == "off" else "warn",
         **evaluates,
     )

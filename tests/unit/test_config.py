@@ -199,7 +199,6 @@ def test_packing_is_accepted_and_its_other_meaning_is_told() -> None:
     ("name", "value", "instead"),
     [
         ("fp16", True, "bf16"),
-        ("report_to", "wandb", "metrics.jsonl"),
         ("deepspeed", "zero3.json", "one process"),
         ("trust_remote_code", True, "SFTTrainer"),
     ],

@@ -627,3 +627,71 @@ def test_histogram_bars_are_in_proportion() -> None:
 )
 def test_single_values(shown: str | None, expected: str) -> None:
     assert shown == expected
+
+
+# -- what other commands add --------------------------------------------------------------------------------------------
+
+
+def later_page(path: Path, **files: Any) -> Page:
+    run = Run.create(str(path), "sft")
+    run.write_yaml("config.yaml", {})
+    for name, value in files.items():
+        run.write_json(f"{name}.json", value)
+    run.unlock()
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def test_exports_parity_and_adapters_are_shown(tmp_path: Path) -> None:
+    export = {
+        "to": "gguf",
+        "path": "out.gguf",
+        "dtype": "f16",
+        "bytes": 1234567,
+        "max_logit_error": 0.00123,
+        "same_tokens": True,
+        "time": "now",
+    }
+    way = {
+        "name": "server",
+        "conversations": 5,
+        "prompt_ids_equal": 5,
+        "tokens_equal": 4,
+        "stop_equal": 5,
+        "max_error": None,
+    }
+    adapters = {
+        "rank": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "trainable": 1000,
+        "parameters": 100000,
+        "share": 0.01,
+    }
+    page = later_page(
+        tmp_path / "run",
+        environment={"status": "complete", "adapters": adapters},
+        exports={"exports": [export]},
+        parity={"paths": [way], "equal": False},
+    )
+    assert "gguf out.gguf f16 1,234,567 0.00123 yes now" in page.text
+    assert "✗ not equal" in page.text and "server 5 5 4 5 —" in page.text
+    assert "Adapters: rank 8 on q_proj, v_proj 1,000 trained of 100,000 parameters (1%)." in page.text
+
+
+def test_without_them_there_is_no_section(tmp_path: Path) -> None:
+    page = later_page(tmp_path / "run", environment={"status": "complete"})
+    assert "Exports" not in page.text and "Serving parity" not in page.text and "Adapters" not in page.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "text", [], [None], [ATTACK], [{}], [{"to": ATTACK, "bytes": ATTACK, "name": ATTACK}], {"a": 1}]
+)
+def test_fields_that_are_missing_or_strange_are_escaped_and_end_nothing(tmp_path: Path, wrong: Any) -> None:
+    page = later_page(
+        tmp_path / "run",
+        environment={
+            "adapters": wrong if not isinstance(wrong, dict) else {"rank": ATTACK, "share": "x", "target_modules": 4}
+        },
+        exports={"exports": wrong},
+        parity={"paths": wrong, "equal": wrong},
+    )
+    assert not [tag for tag, _ in page.elements if tag in ("script", "img")]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from postgrad.errors import ConfigError, DataError
-from postgrad.runs import Run, clean, list_runs, write_atomic
+from postgrad.overview import find_runs
+from postgrad.runs import Run, clean, write_atomic
 from program import ending, fork
 
 
@@ -129,5 +130,5 @@ def test_listing(tmp_path: Path) -> None:
         run = made(tmp_path / name)
         os.utime(run.path / "config.yaml", (number, number))
     (tmp_path / "other").mkdir()
-    assert [run.path.name for run in list_runs(tmp_path)] == ["b", "a"]
-    assert list_runs(tmp_path / "nowhere") == []
+    assert [run.path.name for run in find_runs(tmp_path)] == ["b", "a"]
+    assert find_runs(tmp_path / "nowhere") == []

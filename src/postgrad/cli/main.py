@@ -53,9 +53,9 @@ app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True
 )
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.command("ask")(models.ask)
 app.command("compare")(models.compare)
-app.command("runs")(runs.runs)
 app.command("verify-resume")(verify.verify_resume)
 
 DEMO: dict[str, Any] = {

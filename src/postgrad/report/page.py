@@ -15,6 +15,7 @@ from markupsafe import Markup
 from postgrad.config import RunConfig
 from postgrad.errors import DataError
 from postgrad.redaction import hide, redact
+from postgrad.report.afterwards import afterwards
 from postgrad.report.charts import Series, histogram, line_chart, thin
 from postgrad.report.pairs import held_out, pair_rows
 from postgrad.report.text import (
@@ -119,6 +120,7 @@ def collect(run: Run) -> Row:
     logged = [row for row in metrics if "loss" in row]
     measured = [row for row in metrics if "eval_loss" in row]
     status = environment.get("status")
+    later = afterwards(environment, files.json("exports.json"), files.json("parity.json"))
     asked_for = bool(config.get("questions") or _at(environment, "data", "heldout", "rows"))
     return {
         "name": run.path.resolve().name,
@@ -131,7 +133,6 @@ def collect(run: Run) -> Row:
         "config": config,
         "settings": settings(config),
         "from_command_line": bool(config.get("model_name_or_path") and config.get("dataset_name")),
-        "problems": files.problems,
         "reason": last_reason(events),
         "verdict": verdict(status, comparison, bool(before), bool(after), asked_for),
         "same_weights": _same_weights(comparison),
@@ -148,6 +149,8 @@ def collect(run: Run) -> Row:
         "checks": checks,
         "lengths": lengths(checks.get("lengths") or {}),
         "tokens": [token_view(one) for one in checks.get("tokens") or []],
+        "afterwards": later,
+        "problems": files.problems,
         "facts": facts(environment),
         "events": timeline(events[-MOST_LOGGED:]),
         "first_rows": FIRST_ROWS,

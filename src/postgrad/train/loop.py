@@ -24,6 +24,7 @@ from postgrad.evaluate import heldout_loss, mean_loss
 from postgrad.methods import sft
 from postgrad.model.packed import PackedModel
 from postgrad.runs import Run
+from postgrad.tracking import Tracking
 from postgrad.train import checkpoint, spikes
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.feed import Feed
@@ -47,6 +48,7 @@ class Job:
         compute_dtype: dtype of the weights during forward and backward.
         identity: fingerprints stored in checkpoints and compared on resume.
         display: for people.
+        tracking: where metrics are reported as well.
     """
 
     packed: PackedModel
@@ -57,6 +59,7 @@ class Job:
     compute_dtype: torch.dtype
     identity: dict[str, Any]
     display: Display
+    tracking: Tracking = field(default_factory=Tracking)
     by_example: list[list[Sample]] = field(init=False)
     feed: Feed = field(init=False)
 
@@ -308,6 +311,7 @@ def _log(job: Job, state: LoopState, row: dict[str, Any]) -> None:
     state.log_history.append(row)
     job.run.append("metrics.jsonl", row)
     job.display.log(row)
+    job.tracking.log(row)
 
 
 def _after_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, stop: StopRequest) -> None:
