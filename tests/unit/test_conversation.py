@@ -70,7 +70,9 @@ def test_greedy_tokens_are_those_of_ask_with_a_reused_cache(kind: str) -> None:
             one.model, one.tokenizer, [ids], stop_ids=one.chat.stop_ids, max_new_tokens=20
         )
         assert reply.prompt_ids == ids and reply.answer.token_ids == expected.token_ids
-        assert "".join(pieces) == reply.answer.text == expected.text.rstrip("\ufffd").rstrip()
+        whole = reply.ending == "stop"
+        assert "".join(pieces) == reply.answer.text
+        assert reply.answer.text == (expected.text if whole else expected.text.rstrip("\ufffd").rstrip())
         reused.append(reply.reused)
     assert reused[0] == 0
     if kind in ("llama", "qwen3", "gpt2"):  # a sliding window may no longer hold what a cut would need
@@ -148,7 +150,7 @@ def test_a_cache_of_another_kind_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert DynamicCache(config=one.model.config).layers  # what was refused is there
 
 
-@pytest.mark.parametrize("template", [tiny.CHATML, None, DROPS_THINKING, templates.ZEPHYR, templates.QWEN3_INSTRUCT])
+@pytest.mark.parametrize("template", [tiny.CHATML, None, DROPS_THINKING, templates.ZEPHYR])
 def test_prompts_are_those_of_training(template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers with reasoning too: each turn's prompt is what comes before its answer in a training row."""
     one = loaded(template=template, max_position_embeddings=2048)
