@@ -99,6 +99,19 @@ class RoomyLayer(DynamicLayer):
             raise UnsupportedModel("the model asks for the length of the cache in every step")
         return int(super().get_seq_length())
 
+    def reserve(self, room: int) -> None:
+        """Make room for so many tokens in all; those written so far stay."""
+        if room <= self.room:
+            return
+        self.room = room
+        if self._stores is not None:
+            length = self.get_seq_length()
+            grown = [store.new_zeros(*store.shape[:2], room, store.shape[3]) for store in self._stores]
+            for store, states in zip(grown, self._stores, strict=True):
+                store[:, :, :length] = states[:, :, :length]
+            self._stores = (grown[0], grown[1])
+            self.keys, self.values = (store[:, :, :length] for store in grown)
+
     def rewind(self) -> None:
         """Forget all tokens and grow again; the buffers stay where they are."""
         self.slot_1 = None

@@ -12,7 +12,7 @@ from postgrad.data.render import Renderer, RenderOptions
 from postgrad.model.load import context_length
 from postgrad.model.template import is_frozen
 from postgrad.sampling import Chooser, Sampling
-from postgrad.types import Answer
+from postgrad.types import Answer, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,11 +104,20 @@ def ask(
     Raises:
         ModelError: when the template refuses the messages.
     """
+    prompt_of = prompter(tokenizer, stop_ids)
+    before = [{"role": "system", "content": system_message}] if system_message else []
+    prompts = [prompt_of([*before, {"role": "user", "content": q}]) for q in questions]
+    return generate(model, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
+def prompter(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Callable[[list[Message]], list[int]]:
+    """A function from messages to the tokens of their prompt: as trained, without thinking unless trained to think.
+
+    The function raises ModelError when the template refuses the messages.
+    """
     renderer = Renderer(tokenizer, list(stop_ids), RenderOptions())
     variables: dict[str, Any] = {} if is_frozen(tokenizer) else {"enable_thinking": False}
-    before = [{"role": "system", "content": system_message}] if system_message else []
-    prompts = [renderer.question_ids([*before, {"role": "user", "content": q}], None, variables) for q in questions]
-    return generate(model, tokenizer, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, sampling=sampling)
+    return lambda messages: renderer.question_ids(messages, None, variables)
 
 
 def _groups(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[list[int]]:
@@ -153,7 +162,7 @@ class _Session:
         penalty = getattr(model.generation_config, "repetition_penalty", None)
         self.choose = Chooser(sampling, penalty or 1.0)
         self.graphs = GraphPool(self.forward, self.choose)
-        self.plain = _needs_transformers(model.generation_config) or max_new_tokens < 1
+        self.plain = needs_transformers(model.generation_config) or max_new_tokens < 1
 
     def answer(self, prompts: list[Sequence[int]], rows: list[int]) -> list[Answer]:
         """Answer one group; ``rows`` are the prompts' places in the caller's list."""
@@ -170,7 +179,7 @@ class _Session:
         out_BT = self._decode(ids_BW.to(device), mask_BW.to(device), rows, min(self.max_new_tokens, room))
         stops = set(self.stop_ids)
         return [
-            _answer(self.tokenizer, row, stops, len(prompt))
+            to_answer(self.tokenizer, row, stops, len(prompt))
             for row, prompt in zip(out_BT.tolist(), prompts, strict=True)
         ]
 
@@ -215,7 +224,7 @@ class _Session:
         return out_BT[:, ids_BW.shape[1] :]
 
 
-def _needs_transformers(settings: Any) -> bool:
+def needs_transformers(settings: Any) -> bool:
     """Whether a model's generation_config asks for something that only ``model.generate`` does."""
     wanted = settings.to_diff_dict()
     if wanted.pop("cache_implementation", None) not in (None, *CACHES):
@@ -225,7 +234,8 @@ def _needs_transformers(settings: Any) -> bool:
     )
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, generated: list[int], stops: set[int], prompt_tokens: int) -> Answer:
+def to_answer(tokenizer: PreTrainedTokenizerBase, generated: list[int], stops: set[int], prompt_tokens: int) -> Answer:
+    """What generated ids say, up to the first stop token."""
     end = next((i for i, token_id in enumerate(generated) if token_id in stops), None)
     kept = generated if end is None else generated[: end + 1]
     text = tokenizer.decode(kept if end is None else kept[:-1], skip_special_tokens=True)

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from program import SMALL, SOURCE, Result, start, write_jsonl
 
-COMMANDS = ["demo", "sft", "ask", "compare", "resume", "runs", "data show", "data check"]
+COMMANDS = ["demo", "sft", "ask", "chat", "compare", "resume", "runs", "data show", "data check"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import data, models, runs, verify
+from postgrad.cli import chat, data, models, runs, verify
 from postgrad.cli.options import (
     CONFIG,
     DATA,
@@ -55,6 +55,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.command("ask")(models.ask)
+app.command("chat")(chat.chat)
 app.command("compare")(models.compare)
 app.command("verify-resume")(verify.verify_resume)
 
