@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import data, models, runs, verify
+from postgrad.cli import data, export, models, runs, verify
 from postgrad.cli.options import (
     CONFIG,
     DATA,
@@ -55,6 +55,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command("ask")(models.ask)
 app.command("compare")(models.compare)
+app.command("export")(export.export)
 app.command("runs")(runs.runs)
 app.command("verify-resume")(verify.verify_resume)
 
