@@ -188,7 +188,7 @@ def test_hub_gets_a_private_repository_with_the_card_and_no_token_is_printed(
     done = push(endpoint, str(source), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     created = json.loads(handler.seen[0][2])
-    assert created["private"] is True or created.get("visibility") == "private"
+    assert created.get("private") is True or created.get("visibility") == "private"
     assert handler.seen[0][1] == f"Bearer {TOKEN}"
     commit = next(body for path, _, body in handler.seen if "/commit/" in path)
     names = {json.loads(line)["value"].get("path") for line in commit.splitlines()}

@@ -86,7 +86,7 @@ def write_shape(writer: GGUFWriter, arch: str, config: Any, context: int) -> lis
         What people should know about it.
     """
     notes = []
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     if arch == "gemma3":
         writer.add_sliding_window(window)
         if getattr(config, "final_logit_softcapping", None):

@@ -148,7 +148,7 @@ def check_tokens(loaded: LoadedModel, path: Path) -> None:
     """
     read = read_tokenizer(loaded, path)
     size = len(loaded.tokenizer)
-    spread = loaded.tokenizer.decode(range(0, size, max(1, size // 2000)), skip_special_tokens=True)
+    spread = loaded.tokenizer.decode(list(range(0, size, max(1, size // 2000))), skip_special_tokens=True)
     texts = [*GOLDEN, str(spread), *(_conversation(loaded.tokenizer, text) for text in GOLDEN)]
     for text in texts:
         wanted = loaded.tokenizer(text, add_special_tokens=False).input_ids
