@@ -38,7 +38,7 @@ def tokenizer(template: str | None = CHATML, **special: Any) -> Any:
 
 
 def config(kind: str, **changes: Any) -> Any:
-    """A configuration of a few thousand parameters: llama, qwen3, gemma2, gemma3, mistral or gpt2."""
+    """A configuration of a few thousand parameters: llama, qwen2, qwen3, gemma2, gemma3, mistral or gpt2."""
     import transformers
 
     shape = {
@@ -62,6 +62,7 @@ def config(kind: str, **changes: Any) -> Any:
         return transformers.GPT2Config(**{**kept, **gpt2, **dropout, **changes})
     classes = {
         "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "gemma2": transformers.Gemma2Config,
         "gemma3": transformers.Gemma3TextConfig,

@@ -84,6 +84,23 @@ def test_all_weights_on_top_of_a_merged_adapter(cli: Callable[..., Result], base
     assert 0 < (merged[name] - trained[name]).abs().max() < 1e-3
 
 
+def test_an_export_is_the_merged_model(cli: Callable[..., Result], base: str, data: str) -> None:
+    assert cli("sft", "-m", base, "-d", data, *LORA, "-o", "run").code == 0
+    exported = cli("export", "run", "--to", "hf", "-o", "merged", "--dtype", "f32")
+    assert exported.code == 0 and "the adapter was merged" in exported.text, exported.text
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        adapter = load_model("run", dtype="float32", device="cpu").model(input_ids=ids).logits
+        merged = load_model("merged", dtype="float32", device="cpu").model(input_ids=ids).logits
+    torch.testing.assert_close(merged, adapter, rtol=1e-5, atol=1e-5)
+    gguf = cli("export", "run", "--to", "gguf", "-o", "merged.gguf", "--dtype", "f32")
+    assert gguf.code == 0 and "same token ids" in gguf.text, gguf.text
+    facts = json.loads(Path("run/exports.json").read_text())["exports"]
+    assert [fact["to"] for fact in facts] == ["hf", "gguf"]
+    again = cli("sft", "-m", "merged", "-d", data, *LORA, "max_steps=2", "-o", "second")
+    assert again.code == 0, again.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

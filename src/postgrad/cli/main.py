@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import chat, data, models, runs, verify
+from postgrad.cli import chat, data, export, models, runs, verify
 from postgrad.cli.options import (
     CONFIG,
     DATA,
@@ -57,6 +57,7 @@ app.add_typer(runs.app, name="runs")
 app.command("ask")(models.ask)
 app.command("chat")(chat.chat)
 app.command("compare")(models.compare)
+app.command("export")(export.export)
 app.command("verify-resume")(verify.verify_resume)
 
 DEMO: dict[str, Any] = {

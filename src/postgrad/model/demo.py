@@ -117,11 +117,12 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    file = str(path.resolve())  # a bare name would first be looked for in the current folder
     try:
         try:
             with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-                loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=file)
+                loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=file, dtype=torch.float32)
         except Exception as error:
             raise ModelError(f"{path}: cannot be read as a GGUF model: {error}") from None
         # As loaded, the model counts as quantised and cannot be saved.
