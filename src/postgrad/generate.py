@@ -153,7 +153,7 @@ class _Session:
         penalty = getattr(model.generation_config, "repetition_penalty", None)
         self.choose = Chooser(sampling, penalty or 1.0)
         self.graphs = GraphPool(self.forward, self.choose)
-        self.plain = _needs_transformers(model.generation_config) or max_new_tokens < 1
+        self.plain = needs_transformers(model.generation_config) or max_new_tokens < 1
 
     def answer(self, prompts: list[Sequence[int]], rows: list[int]) -> list[Answer]:
         """Answer one group; ``rows`` are the prompts' places in the caller's list."""
@@ -215,7 +215,7 @@ class _Session:
         return out_BT[:, ids_BW.shape[1] :]
 
 
-def _needs_transformers(settings: Any) -> bool:
+def needs_transformers(settings: Any) -> bool:
     """Whether a model's generation_config asks for something that only ``model.generate`` does."""
     wanted = settings.to_diff_dict()
     if wanted.pop("cache_implementation", None) not in (None, *CACHES):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import data, models, runs, verify
+from postgrad.cli import data, models, runs, serve, verify
 from postgrad.cli.options import (
     CONFIG,
     DATA,
@@ -57,6 +57,8 @@ app.command("ask")(models.ask)
 app.command("compare")(models.compare)
 app.command("runs")(runs.runs)
 app.command("verify-resume")(verify.verify_resume)
+app.command("serve")(serve.serve)
+app.command("verify-serve")(serve.verify_serve)
 
 DEMO: dict[str, Any] = {
     "run_name": "demo",
