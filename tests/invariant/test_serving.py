@@ -225,3 +225,16 @@ def test_an_answer_that_takes_too_long_ends(model_folder: Callable[..., str]) ->
         assert caught.value.status_code == 408
         with pytest.raises(openai.APIError, match="longer than"):
             list(client.chat.completions.create(stream=True, **body))
+
+
+def test_a_client_that_stops_waiting_for_a_whole_answer_makes_room(model_folder: Callable[..., str]) -> None:
+    loaded = load_model(model_folder(max_position_embeddings=4096))
+    loaded.chat.stop_ids = [599]
+    with running(loaded, Settings("tiny", port=0, limits=Limits(max_batch=1, max_queue=1))) as url:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        body: dict[str, Any] = {"model": "tiny", "messages": user("a"), "temperature": 0}
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.4).chat.completions.create(max_tokens=4000, **body)
+        started = time.monotonic()
+        assert client.chat.completions.create(max_tokens=2, **body).usage
+        assert time.monotonic() - started < 2

@@ -110,8 +110,7 @@ class PlacedLayer(DynamicLayer):
         for store, states in zip(self._stores, (key_states, value_states), strict=True):
             store[:, :, self.columns : self.columns + 1] = states
         self.columns += 1
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def rebuild(self, kept: list[int], width: int, places: int) -> None:
         """Copy rows into new buffers.
@@ -144,8 +143,10 @@ class PlacedLayer(DynamicLayer):
         self._stores = [states.new_zeros(0, *states.shape[1:]) for states in (keys, values)]
         self.columns = keys.shape[2]
 
-    def _show(self) -> None:
-        self.keys, self.values = (store[:, :, : self.columns] for store in self._stores)
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (store[:, :, : self.columns] for store in self._stores)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def _states(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
