@@ -94,3 +94,13 @@ def _answer(row: dict[str, Any]) -> Text:
     if row["stop_reason"] == "length":
         cell.append("  [did not stop]", "bold red")
     return cell
+
+
+def parity_table(rows: Sequence[Sequence[str]], forms: Sequence[str]) -> Table:
+    """Conversations, what the first form made of them, and whether the others agree."""
+    table = Table(
+        "conversation", "prompt", "answer", "ends", *forms[1:], title=f"as in {forms[0]}", title_justify="left"
+    )
+    for row in rows:
+        table.add_row(*(text(cell, "red" if cell.startswith("differs") else "") for cell in row))
+    return table

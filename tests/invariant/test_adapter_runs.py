@@ -101,6 +101,14 @@ def test_an_export_is_the_merged_model(cli: Callable[..., Result], base: str, da
     assert again.code == 0, again.text
 
 
+def test_all_forms_of_an_adapter_answer_alike(cli: Callable[..., Result], base: str, data: str) -> None:
+    assert cli("sft", "-m", base, "-d", data, *LORA, "-o", "run").code == 0
+    result = cli("verify-serve", "run", "--max-new-tokens", "8", "--json")
+    assert result.code == 0, result.text
+    assert [form["name"] for form in result.json()["paths"]] == ["memory", "saved", "merged", "gguf", "server"]
+    assert "merged" in Path("run/report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

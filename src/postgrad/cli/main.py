@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli import chat, data, export, models, runs, verify
+from postgrad.cli import chat, data, export, models, runs, serve, verify
 from postgrad.cli.options import (
     CONFIG,
     DATA,
@@ -59,6 +59,8 @@ app.command("chat")(chat.chat)
 app.command("compare")(models.compare)
 app.command("export")(export.export)
 app.command("verify-resume")(verify.verify_resume)
+app.command("serve")(serve.serve)
+app.command("verify-serve")(serve.verify_serve)
 
 DEMO: dict[str, Any] = {
     "run_name": "demo",

