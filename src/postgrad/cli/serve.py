@@ -108,9 +108,9 @@ def verify_serve(
 ) -> None:
     """Prove that a served model says what the model in memory says, token for token.
 
-    Golden conversations and the run's questions go through the model in memory, saved and loaded again, merged (of an
-    adapter), written as GGUF and read back, and a running server: prompt tokens, greedy tokens and the reason to stop must be the same. Writes parity.json into the
-    run. Exit code 0: all the same, 1: not.
+    Golden conversations and the run's questions go through every form of the model: in memory, saved and loaded again,
+    merged (of an adapter), written as GGUF and read back, and behind a running server. Prompt tokens, greedy tokens and
+    the reason to stop must be the same. Writes parity.json into the run. Exit code 0: all the same, 1: not.
 
     \b
       postgrad verify-serve runs/demo
