@@ -13,7 +13,7 @@ from postgrad.errors import CheckError
 from postgrad.export.architecture import architecture_of, rope_settings, tensors, write_shape
 from postgrad.export.vocabulary import backend, is_byte_level, split_name, write_vocabulary
 from postgrad.model.load import LoadedModel, context_length
-from postgrad.model.quiet import quiet
+from postgrad.model.quiet import quiet, quiet_gguf
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -182,7 +182,7 @@ def read_model(loaded: LoadedModel, path: Path) -> Any:
     if config.model_type == "mistral":  # in the file it is a Llama; inside its window it computes the same
         values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         options = {"config": LlamaConfig(**values)}
-    with quiet():
+    with quiet_gguf():
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=str(path.resolve()), dtype=torch.float32, **options
         )

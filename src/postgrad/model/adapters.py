@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from postgrad.errors import ConfigError, ModelError
+from postgrad.model.quiet import quiet
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -238,7 +239,8 @@ def merge_into(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, f
     load_into(model, folder)  # says what is wrong with a damaged one
     expected_TV = _probe_logits(model)
     model.delete_adapter(NAME)
-    with_adapter = PeftModel.from_pretrained(model, str(folder))
+    with quiet():
+        with_adapter = PeftModel.from_pretrained(model, str(folder))
     merged: Any = with_adapter.merge_and_unload(safe_merge=True)
     merged._hf_peft_config_loaded = False
     merged.eval()

