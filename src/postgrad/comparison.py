@@ -8,7 +8,8 @@ from typing import Any
 
 from postgrad.checking import Data, freeze_template, make_renderer
 from postgrad.checks.prepare import prepare, require
-from postgrad.config import RunConfig, load_config
+from postgrad.config import RunConfig
+from postgrad.config_file import load_config
 from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, Item, as_rows, compare, sit

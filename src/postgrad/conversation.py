@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from postgrad.config import RunConfig, parse_overrides
+from postgrad.config import RunConfig
+from postgrad.config_file import parse_overrides
 from postgrad.data.render import Renderer, RenderOptions
 from postgrad.decoding import UnsupportedModel
 from postgrad.errors import ConfigError, ModelError

@@ -24,7 +24,8 @@ from postgrad.export.gguf_file import write_checked
 from postgrad.export.source import load_for_export
 from postgrad.generate import generate
 from postgrad.model.demo import convert_gguf
-from postgrad.model.load import DTYPES, LoadedModel, find, load_model
+from postgrad.model.find import find
+from postgrad.model.load import DTYPES, LoadedModel, load_model
 from postgrad.model.save import save_model
 from postgrad.model.template import is_frozen
 from postgrad.report.page import write_report

@@ -19,7 +19,7 @@ from postgrad.display import Display
 from postgrad.engine import choose
 from postgrad.errors import CheckError, ConfigError, TrainingStopped
 from postgrad.evaluate import Exam
-from postgrad.model.load import DTYPES, LoadedModel, saved_dtype
+from postgrad.model.load import LoadedModel, saved_dtype
 from postgrad.model.save import round_weights, save_model, write_card
 from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
@@ -165,7 +165,7 @@ def _measured(
         ask_before(config, exam, job.packed, choices["token_budget"], run, display)
     with timed(run, "train"):
         state, total_steps, seconds = fit(job, choices, resume_from)
-    save_dtype = DTYPES[config.save_dtype] if config.save_dtype else saved_dtype(loaded)
+    save_dtype = saved_dtype(loaded, config.save_dtype)
     round_weights(loaded.model, save_dtype)
     saves_model = config.save_strategy != "no" or isinstance(config, RunConfig)
     if saves_model:  # before asking, so that an interruption from here on loses no training

@@ -71,8 +71,7 @@ def adapt(config: RunConfig, loaded: LoadedModel) -> None:
     assert settings is not None
     if not adapters.has_adapters(loaded.model):
         loaded.start_sha256 = weights_sha256(loaded.model)  # a new adapter changes nothing yet
-        base = str(loaded.folder.resolve()) if loaded.folder else loaded.name
-        adapters.attach(loaded.model, settings, base, config.seed)
+        adapters.attach(loaded.model, settings, loaded.origin, config.seed)
         return
     given = {name: getattr(config, name) for name in config.changed & set(adapters.SETTINGS)}
     adapters.go_on(loaded.model, given)

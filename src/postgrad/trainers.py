@@ -99,7 +99,7 @@ class SFTTrainer:
         self.args = args or SFTConfig()
         if questions is not None:
             self.args = self.args.replace(questions=questions)
-        self._loaded = self._load(model, processing_class)
+        self._loaded = self._load(model, processing_class, adapted=peft_config is not None)
         self._adapt(peft_config)
         self.model, self.processing_class = self._loaded.model, self._loaded.tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -186,22 +186,26 @@ class SFTTrainer:
         card = make_card(self.args, self._loaded, Data([], [], "", {}), run, comparison)
         if self.run is not None and (self.run.path / "model" / "README.md").exists():
             card = (self.run.path / "model" / "README.md").read_text(encoding="utf-8")
-        save_model(self.model, self.processing_class, folder, saved_dtype(self._loaded))
+        save_model(self.model, self.processing_class, folder, saved_dtype(self._loaded, self.args.save_dtype))
         write_card(folder, card)
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _load(self, model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    def _load(
+        self, model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, adapted: bool
+    ) -> LoadedModel:
         options: dict[str, Any] = {
             "chat_template_path": self.args.chat_template_path,
             "eos_token": self.args.eos_token,
             "pad_token": self.args.pad_token,
         }
+        revision = None
         if isinstance(model, str):
-            loaded = load_model(model, device="cpu" if self.args.use_cpu else "auto", **options)
+            dtype = "float32" if self.args.save_dtype == "float32" and not adapted else "auto"
+            loaded = load_model(model, dtype=dtype, device="cpu" if self.args.use_cpu else "auto", **options)
             if tokenizer is None:
                 return loaded
-            model = loaded.model
+            model, revision = loaded.model, loaded.revision
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
         if type(model).__name__.startswith("Peft"):
@@ -211,23 +215,23 @@ class SFTTrainer:
         if self.args.use_cpu or (torch.cuda.is_available() and model.device.type == "cpu"):
             place(model, torch.device("cpu" if self.args.use_cpu else "cuda"))
         model.eval()
-        if self.args.save_dtype == "float32" and model.dtype != torch.float32:
-            raise ConfigError(f"save_dtype=float32 but the model is in {model.dtype}", "load it with dtype='float32'")
         chat = prepare_chat(tokenizer, model.generation_config, **options)
         name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        return LoadedModel(model, tokenizer, chat, name, None, model.dtype)
+        return LoadedModel(model, tokenizer, chat, name, None, model.dtype, revision=revision)
 
     def _adapt(self, peft_config: Any) -> None:
         """Put a new adapter into the model, or let the one it came with train."""
         loaded = self._loaded
         if peft_config is None:
             if adapters.has_adapters(loaded.model):
-                adapters.unfreeze(loaded.model)
+                adapters.go_on(loaded.model, {})
+            elif self.args.save_dtype == "float32" and loaded.model.dtype != torch.float32:
+                message = f"save_dtype=float32 but the model is in {loaded.model.dtype}"
+                raise ConfigError(message, "load it with dtype='float32'")
             return
         if adapters.has_adapters(loaded.model):
             raise ConfigError("the model carries an adapter already", "leave peft_config out to go on training it")
-        base = str(loaded.folder.resolve()) if loaded.folder else loaded.name
-        adapters.attach(loaded.model, peft_config, base, self.args.seed)
+        adapters.attach(loaded.model, peft_config, loaded.origin, self.args.seed)
 
     def _examples(self, dataset: Any, name: str) -> Any:
         if self._formatting_func is not None:

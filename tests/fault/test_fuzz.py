@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fuzzing import config_file, data_file, override
 
-from postgrad.config import load_config, parse_overrides
+from postgrad.config_file import load_config, parse_overrides
 from postgrad.errors import ConfigError
 from program import reliability
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postgrad import docs_pages, trl_options
-from postgrad.config import RunConfig, SFTConfig, load_config, parse_overrides
+from postgrad.config import RunConfig, SFTConfig
+from postgrad.config_file import load_config, parse_overrides
 from postgrad.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,14 +278,67 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(model_folder: Make) -> Iterator[str]:
-    handler = type("Handler", (Hub,), {"folder": Path(model_folder("llama"))})
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """A hub on this machine with one repository, team/model, that holds the files of a folder."""
+    handler = type("Handler", (Hub,), {"folder": folder})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.05), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.fixture
+def hub(model_folder: Make) -> Iterator[str]:
+    with serving(Path(model_folder("llama"))) as address:
+        yield address
+
+
+def away(program: str, hub: str, cache: Path) -> list[str]:
+    """The lines that a program prints which reaches the hub at this address."""
+    surroundings = {
+        **os.environ,
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(load.__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=surroundings, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_an_adapter_of_the_hub_and_of_a_model_of_the_hub(hub: str, model_folder: Make, tmp_path: Path) -> None:
+    """An adapter keeps the commit of its base; one that is on the hub itself is found with its base."""
+    program = (
+        "import sys, torch, peft\n"
+        "from postgrad.model import adapters\n"
+        "from postgrad.model.load import load_model\n"
+        "from postgrad.model.save import save_model\n"
+        "loaded = load_model('team/model', revision='main', device='cpu')\n"
+        "adapters.attach(loaded.model, peft.LoraConfig(r=2, target_modules='all-linear'), loaded.origin, 0)\n"
+        f"save_model(loaded.model, loaded.tokenizer, __import__('pathlib').Path({str(tmp_path / 'own')!r}), torch.float32)\n"
+        f"again = load_model({str(tmp_path / 'own')!r}, device='cpu')\n"
+        "print(adapters.has_adapters(again.model), loaded.origin)\n"
+    )
+    assert away(program, hub, tmp_path / "cache") == [f"True ('team/model', '{Hub.COMMIT}')"]
+    settings = tmp_path / "own" / "adapter_config.json"
+    values = json.loads(settings.read_text())
+    assert (values["base_model_name_or_path"], values["revision"]) == ("team/model", Hub.COMMIT)
+    settings.write_text(json.dumps({**values, "base_model_name_or_path": model_folder("llama"), "revision": None}))
+    program = (
+        "from postgrad.model import adapters\n"
+        "from postgrad.model.load import load_model\n"
+        "loaded = load_model('team/model', revision='main', device='cpu')\n"
+        "print(adapters.has_adapters(loaded.model), loaded.chat.stop_tokens)\n"
+    )
+    with serving(tmp_path / "own") as other:
+        assert away(program, other, tmp_path / "other") == ["True ['<|im_end|>']"]
 
 
 def test_a_hub_name_is_loaded_and_an_unknown_one_is_explained(hub: str, tmp_path: Path) -> None:
@@ -296,23 +350,10 @@ def test_a_hub_name_is_loaded_and_an_unknown_one_is_explained(hub: str, tmp_path
         "try:\n    load_model('team/other', device='cpu')\n"
         "except ModelError as error:\n    print(error)\n"
     )
-    surroundings = {
-        **os.environ,
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(Path(load.__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=surroundings, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    lines = away(program, hub, tmp_path)
     assert lines[0] == "LlamaForCausalLM None ['<|im_end|>']"
     assert lines[1].startswith("team/other: ")
-    assert "→ check that 'team/other' is a hub name" in done.stdout
+    assert "→ check that 'team/other' is a hub name" in "\n".join(lines)
 
 
 def test_offline_an_unknown_hub_name_says_so() -> None:

@@ -110,7 +110,7 @@ def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = 
 
 
 def _load(data: str, items: list[str] | None, model: str | None, allow_empty: bool) -> tuple[RunConfig, LoadedData]:
-    from postgrad.config import load_config
+    from postgrad.config_file import load_config
     from postgrad.data.load import load_examples
 
     values = settings(items, model or "smollm2-demo", [data], None)

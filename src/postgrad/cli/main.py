@@ -104,7 +104,7 @@ def demo(items: ITEMS = None, output_dir: OUT = None, as_json: JSON = False) -> 
       postgrad demo
       postgrad demo num_train_epochs=3 -o runs/longer
     """
-    from postgrad.config import load_config
+    from postgrad.config_file import load_config
 
     _sft(load_config(None, {**DEMO, **settings(items, None, None, output_dir)}), as_json)
 

@@ -43,7 +43,7 @@ def settings(
     items: list[str] | None, model: str | None, dataset: list[str] | None, output_dir: str | None
 ) -> dict[str, Any]:
     """Collect what the command line gave as options of the configuration."""
-    from postgrad.config import parse_overrides
+    from postgrad.config_file import parse_overrides
 
     values = parse_overrides(items or [])
     if model is not None:
@@ -71,7 +71,7 @@ def run_config(
     Raises:
         ConfigError: for several files, or settings that cannot be.
     """
-    from postgrad.config import load_config
+    from postgrad.config_file import load_config
 
     words = [*([config] if config else []), *(items or [])]
     files = [word for word in words if "=" not in word]

@@ -75,7 +75,8 @@ def serve(
     settings = server.Settings(name or served_name(model), host, port, server.read_key(api_key_file), limits)
     if engine is Engine.vllm and not vllm.available():
         raise ConfigError("--engine vllm needs vLLM and a CUDA GPU", "pip install vllm, or leave --engine out")
-    from postgrad.model.load import find, load_model
+    from postgrad.model.find import find
+    from postgrad.model.load import load_model
 
     adapter = find(model).adapter is not None
     if engine is Engine.vllm and adapter:

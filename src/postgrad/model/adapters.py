@@ -6,6 +6,7 @@ else has to know, but for what is said here.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names in that file
 MERGE_BOUND = 1e-4  # of the largest logit, in float32; rounding leaves about 1e-6
 PROBE_TOKENS = 64
 # Our options, and PEFT's names for them.
@@ -40,7 +42,7 @@ SETTINGS = {
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter in PEFT's format."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
+    return (folder / CONFIG_FILE).is_file()
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
@@ -83,21 +85,20 @@ def lora_config(config: RunConfig) -> PeftConfig | None:
     return LoraConfig(task_type="CAUSAL_LM", **{theirs: getattr(config, ours) for ours, theirs in SETTINGS.items()})
 
 
-def attach(model: PreTrainedModel, settings: PeftConfig, base: str, seed: int) -> None:
+def attach(model: PreTrainedModel, settings: PeftConfig, origin: tuple[str | None, str | None], seed: int) -> None:
     """Put a new adapter into a model, which then computes what it did, and freeze all else.
 
     Args:
         model: changed in place; the adapter's weights are float32.
-        settings: PEFT's, of the LoRA family.
-        base: name of the model, recorded in the adapter.
+        settings: PEFT's, of the LoRA family; they stay as they are.
+        origin: name of the model and its revision, recorded in the adapter.
         seed: of the factors' first values.
 
     Raises:
         ConfigError: for settings that fit no module of this model, or that would not be trained right.
     """
-    kind = getattr(settings.peft_type, "value", settings.peft_type)
-    if kind != "LORA":
-        raise ConfigError(f"peft_config is {kind}; adapters of the LoRA family are supported", "use peft.LoraConfig")
+    settings = copy.deepcopy(settings)  # PEFT writes into them
+    _refuse_unsupported(settings)
     _refuse_tied(model, settings)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -105,12 +106,12 @@ def attach(model: PreTrainedModel, settings: PeftConfig, base: str, seed: int) -
             with warnings.catch_warnings():  # PEFT warns of the layers of GPT-2, and does the right thing
                 warnings.simplefilter("ignore", UserWarning)
                 model.add_adapter(settings, NAME)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = str(error).strip().partition("\n")[0]
             known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
             cure = f"lora_target_modules: all-linear, or some of {', '.join(known)}"
             raise ConfigError(f"the adapter cannot be put into this model: {message}", cure) from None
-    settings.base_model_name_or_path = base
+    settings.base_model_name_or_path, settings.revision = origin
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(torch.float32)
     model.eval()
@@ -122,11 +123,9 @@ def adopt(model: Any) -> PreTrainedModel:
     Raises:
         ConfigError: for adapters that are not of the LoRA family, or several at once.
     """
-    if len(model.peft_config) != 1 or model.active_adapter not in model.peft_config:
+    if len(model.peft_config) != 1 or not isinstance(model.active_adapter, str):
         raise ConfigError("the model carries several adapters", "hand over a model with one, and train that")
-    settings = model.peft_config[model.active_adapter]
-    if getattr(settings.peft_type, "value", settings.peft_type) != "LORA":
-        raise ConfigError(f"the model's adapter is {settings.peft_type}; LoRA's family is supported")
+    _refuse_unsupported(next(iter(model.peft_config.values())))
     inside: Any = model.get_base_model()
     inside._hf_peft_config_loaded = True
     inside.peft_config = model.peft_config
@@ -145,6 +144,7 @@ def go_on(model: PreTrainedModel, given: dict[str, Any]) -> None:
         ConfigError: where they are not.
     """
     settings = next(iter(model.peft_config.values()))
+    _refuse_unsupported(settings)
     for ours, value in given.items():
         known = getattr(settings, SETTINGS[ours])
         if not _same(known, value) and value != "all-linear":
@@ -177,13 +177,31 @@ def read_settings(folder: Path) -> PeftConfig:
 
     try:
         settings = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {error}", "bring it back from a copy") from None
     if getattr(settings.peft_type, "value", settings.peft_type) != "LORA":
         raise ModelError(f"{folder} is an adapter of another kind ({settings.peft_type})", "LoRA's family is supported")
-    if not settings.base_model_name_or_path:
+    if not settings.base_model_name_or_path or not isinstance(settings.base_model_name_or_path, str):
         raise ModelError(f"{folder / CONFIG_FILE} names no base model", "write it as base_model_name_or_path")
+    if not isinstance(settings.revision, str | None):
+        raise ModelError(f"{folder / CONFIG_FILE}: revision is {settings.revision!r}", "write a commit, or null")
     return settings
+
+
+def save_into(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter as PEFT reads it, and the model's generation settings, into an existing folder.
+
+    Not transformers' way, which looks the base model up on the hub at each save.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    (name,) = model.peft_config
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    whole = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    model.peft_config[name].save_pretrained(str(folder))
+    model.generation_config.save_pretrained(folder)
 
 
 def load_into(model: PreTrainedModel, folder: Path) -> None:
@@ -198,20 +216,20 @@ def load_into(model: PreTrainedModel, folder: Path) -> None:
 
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
-        wanted = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        wanted = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         settings = read_settings(folder)
-        base = settings.base_model_name_or_path
+        base = settings.base_model_name_or_path  # which transformers would overwrite
         # Not transformers' load_adapter: after it, the merged model would be saved under PEFT's names.
         model.add_adapter(settings, NAME)
         settings.base_model_name_or_path = base
         set_peft_model_state_dict(model, wanted, adapter_name=NAME)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = str(error).strip().partition("\n")[0]
         raise ModelError(f"{folder}: the adapter cannot be loaded: {message}", "is it of this base model?") from None
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(False)
-    found = get_peft_model_state_dict(model, adapter_name=NAME)
+    found = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     wrong = sorted({*wanted} ^ {*found}) or [
         name for name, tensor in wanted.items() if not torch.equal(found[name].cpu(), tensor.to(found[name].dtype))
     ]
@@ -256,7 +274,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, f
 
 @torch.no_grad()
 def _probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    rows = int(model.config.get_text_config().vocab_size)
     ids_T = torch.randint(0, rows, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).to(model.device)
     logits_TV: torch.Tensor = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
     return logits_TV
@@ -300,6 +318,22 @@ def without_gradient_at_first(model: PreTrainedModel) -> set[str]:
     return {a for a, b in pairs if a != b and b in named and not bool(named[b].any())}
 
 
+def _refuse_unsupported(settings: Any) -> None:
+    """Refuse what would not be trained, rounded or saved with the rest.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    kind = getattr(settings.peft_type, "value", settings.peft_type)
+    if kind != "LORA":
+        raise ConfigError(f"the adapter is {kind}; LoRA's family is supported", "use peft.LoraConfig")
+    if settings.bias != "none":
+        raise ConfigError(f"bias={settings.bias} in peft_config is not supported", "leave it out")
+    for name in ("trainable_token_indices", "target_parameters", "layer_replication"):
+        if getattr(settings, name, None):
+            raise ConfigError(f"{name} in peft_config is not supported", "name layers in target_modules")
+
+
 def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -308,11 +342,15 @@ def _refuse_tied(model: PreTrainedModel, settings: Any) -> None:
     """Refuse to adapt one of two tied embeddings: the other would not follow."""
     if not model.config.get_text_config().tie_word_embeddings:
         return
-    ends = {name.rpartition(".")[2] for name, part in model.named_modules() if _is_end(model, part)}
-    named: set[str] = set(settings.modules_to_save or [])
-    if not isinstance(settings.target_modules, str):
-        named |= {name.rpartition(".")[2] for name in settings.target_modules or []}
-    both = sorted(named & ends)
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    ends = [name for name, part in model.named_modules() if _is_end(model, part)]
+    whole = tuple(settings.modules_to_save or [])
+    both = sorted(
+        name.rpartition(".")[2]
+        for name in ends
+        if name.endswith(whole) or (settings.target_modules and check_target_module_exists(settings, name))
+    )
     if both:
         raise ConfigError(
             f"this model's input and output embeddings are one tensor, of which an adapter would change half: "

@@ -13,7 +13,8 @@ import torch
 
 from postgrad.errors import ConfigError, ModelError
 from postgrad.model import adapters
-from postgrad.model.demo import DEMO_MODEL, demo_model_folder, gguf_folder
+from postgrad.model.demo import DEMO_MODEL
+from postgrad.model.find import MODELSCOPE, Found, commit_of, find, first_line
 from postgrad.model.packed import embedding_rows
 from postgrad.model.quiet import quiet
 from postgrad.model.template import Chat, prepare_chat
@@ -40,6 +41,7 @@ class LoadedModel:
         source_dtype: dtype of the weights on disk.
         start_sha256: hash of the weights the run started from, where the model in memory has since been trained.
         merge_error: where a saved adapter was merged, the largest difference of a logit, over the largest logit.
+        revision: of a ModelScope name, or the commit of a hub name.
     """
 
     model: PreTrainedModel
@@ -50,6 +52,22 @@ class LoadedModel:
     source_dtype: torch.dtype
     start_sha256: str | None = None
     merge_error: float | None = None
+    revision: str | None = None
+
+    @property
+    def origin(self) -> tuple[str | None, str | None]:
+        """Name under which the model is found again, from any folder, and its revision; (None, None) where unknown."""
+        if self.name == DEMO_MODEL or self.name.startswith(MODELSCOPE):
+            return self.name, self.revision
+        file = Path(self.name).expanduser()
+        if file.is_file():  # a GGUF file; the folder is its conversion in the cache
+            return str(file.resolve()), None
+        if self.folder is not None:
+            return str(self.folder.resolve()), None
+        source = str(getattr(self.model.config, "_name_or_path", "") or "")
+        if Path(source).is_dir():
+            return str(Path(source).resolve()) if source else None, None
+        return source or None, self.revision
 
 
 def load_model(
@@ -81,28 +99,21 @@ def load_model(
         ModelError: when the model cannot be found, loaded or used.
         ConfigError: for an unusable device or token.
     """
-    from transformers import AutoModelForCausalLM
-
     found, where = find(name, revision), choose_device(device)
     common = found.options(trust_remote_code)
     config, tokenizer, generation = _surroundings(name, found, common)
     source, merging = _source_dtype(config), merge and found.adapter is not None
-    chosen = choose_dtype("float32" if merging else dtype, source, where)
+    common["dtype"] = choose_dtype("float32" if merging else dtype, source, where)
     if quantization is not None:
         common.update(quantization_config=quantization, device_map={"": where})
-    try:
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(found.model, dtype=chosen, use_safetensors=True, **common)
-    except Exception as error:
-        raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
+    model, merge_error = _weights(name, found, common), None
     if quantization is None:
         place(model, where)
-    merge_error = None
     if found.adapter is not None:
         model.generation_config = generation
         if merging:
             model, merge_error = adapters.merge_into(model, found.adapter)
-            model.to(choose_dtype(dtype, source, where))
+            place(model, where, choose_dtype(dtype, source, where))
         else:
             adapters.load_into(model, found.adapter)
     chat = prepare_chat(
@@ -114,7 +125,9 @@ def load_model(
     )
     check_vocabulary(name, model, tokenizer)
     folder = found.adapter or (found.model if isinstance(found.model, Path) else None)
-    return LoadedModel(model, tokenizer, chat, name, folder, source, merge_error=merge_error)
+    return LoadedModel(
+        model, tokenizer, chat, name, folder, source, merge_error=merge_error, revision=commit_of(name, revision)
+    )
 
 
 def load_tokenizer(
@@ -140,63 +153,6 @@ def load_tokenizer(
     return tokenizer, prepare_chat(tokenizer, generation, **settled), _context(config, tokenizer)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Where a model is.
-
-    Args:
-        model: folder, or hub name; of an adapter, its base model's.
-        adapter: folder of the adapter, or None.
-        revision: of a hub name.
-    """
-
-    model: Path | str
-    adapter: Path | None = None
-    revision: str | None = None
-
-    def options(self, trust_remote_code: bool) -> dict[str, Any]:
-        """Arguments of transformers' ``from_pretrained``."""
-        given = self.revision and not isinstance(self.model, Path)
-        return {"trust_remote_code": trust_remote_code, **({"revision": self.revision} if given else {})}
-
-
-def find(name: str, revision: str | None = None) -> Found:
-    """Find a model, and behind an adapter its base.
-
-    Raises:
-        ModelError: where there is none, or the base of an adapter is missing.
-    """
-    location = resolve(name, revision)
-    folder = location if isinstance(location, Path) else _hub_adapter(location, revision)
-    if folder is None or not adapters.is_adapter(folder):
-        return Found(location, None, revision)
-    settings = adapters.read_settings(folder)
-    base = str(settings.base_model_name_or_path)
-    try:
-        under = resolve(base, settings.revision)
-    except ModelError as error:
-        cure = f"write where it is now into {folder / adapters.CONFIG_FILE}, as base_model_name_or_path"
-        raise ModelError(f"{name}: its base model is missing: {error.message}", cure) from None
-    if isinstance(under, Path) and adapters.is_adapter(under):
-        raise ModelError(f"{name} is an adapter of an adapter", f"merge its base first: postgrad export {base} --to hf")
-    return Found(under, folder, settings.revision)
-
-
-def _hub_adapter(name: str, revision: str | None) -> Path | None:
-    """The folder of an adapter on the hub; None where the name is no adapter's."""
-    from huggingface_hub import snapshot_download
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        if find_adapter_config_file(name, revision=revision) is None:
-            return None
-        patterns = ["adapter_*", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception:  # whatever it is, loading it as a model says it better
-        return None
-    return folder if adapters.is_adapter(folder) else None
-
-
 def _surroundings(
     name: str, found: Found, common: dict[str, Any]
 ) -> tuple[Any, PreTrainedTokenizerBase, GenerationConfig]:
@@ -216,41 +172,28 @@ def _surroundings(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{name}: {_first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
+        raise ModelError(f"{name}: {first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
     return config, tokenizer, generation
 
 
-def place(model: torch.nn.Module, device: torch.device) -> None:
-    """Move a model to a device and put it into evaluation mode."""
-    model.to(device)
+def _weights(name: str, found: Found, common: dict[str, Any]) -> PreTrainedModel:
+    """The model without its adapter."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(found.model, use_safetensors=True, **common)
+    except Exception as error:
+        raise ModelError(f"{name}: {first_line(error)}", did_you_mean(Path(name), _cure(name, error))) from None
+    if adapters.has_adapters(model):  # transformers found one by itself
+        raise ModelError(f"{found.model} holds an adapter beside its weights", "give the folder of one of them")
+    return model
+
+
+def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Move a model to a device, and into a dtype, and put it into evaluation mode."""
+    model.to(device=device, dtype=dtype)
     model.eval()
-
-
-def resolve(name: str, revision: str | None = None) -> Path | str:
-    """Find what a model name means: a folder on this machine, or a hub name.
-
-    Raises:
-        ModelError: for a path that does not exist, or a folder that holds no model.
-    """
-    if name == DEMO_MODEL:
-        return demo_model_folder()
-    if name.startswith("modelscope:"):
-        return _from_modelscope(name.removeprefix("modelscope:"), revision)
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file but no .gguf file", "give a model folder, a .gguf file or a hub name")
-        return gguf_folder(path)
-    if path.is_dir():
-        inside = path / "model"
-        if (path / "config.yaml").exists() and ((inside / "config.json").exists() or adapters.is_adapter(inside)):
-            return inside
-        if not (path / "config.json").exists() and not adapters.is_adapter(path):
-            raise ModelError(f"{name} holds no model (no config.json)", _similar(path))
-        return path
-    if name.startswith((".", "/", "~")) or "\\" in name or name.endswith(".gguf") or name.count("/") > 1:
-        raise ModelError(f"{name} does not exist", _similar(path))
-    return name
 
 
 def choose_device(device: str, use_cpu: bool = False) -> torch.device:
@@ -299,8 +242,10 @@ def choose_dtype(wanted: str, source: torch.dtype, device: torch.device) -> torc
     return torch.float32
 
 
-def saved_dtype(loaded: LoadedModel) -> torch.dtype:
-    """The dtype to save in unless another is asked for: the source's, and float32 for adapters, which are small."""
+def saved_dtype(loaded: LoadedModel, wanted: str | None) -> torch.dtype:
+    """The dtype to save in: the one asked for, or else the source's, and float32 for adapters, which are small."""
+    if wanted is not None:
+        return DTYPES[wanted]
     return torch.float32 if adapters.has_adapters(loaded.model) else loaded.source_dtype
 
 
@@ -384,26 +329,6 @@ def check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"{name}: the tokenizer has token ids up to {largest} but the model embeds only {rows}",
             "use the tokenizer that belongs to the model",
         )
-
-
-def _from_modelscope(name: str, revision: str | None) -> Path:
-    try:
-        from modelscope import snapshot_download
-    except ImportError:
-        raise ModelError("modelscope: names need the modelscope package", "pip install modelscope") from None
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except Exception as error:
-        raise ModelError(f"modelscope:{name}: {_first_line(error)}", "check the name and the network") from None
-
-
-def _similar(path: Path) -> str:
-    return did_you_mean(path, "give a model folder, a .gguf file, a hub name or smollm2-demo")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _cure(name: str, error: Exception) -> str:

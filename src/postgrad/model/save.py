@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from postgrad.errors import PostgradError
-from postgrad.model.adapters import saved_parameters
+from postgrad.model.adapters import has_adapters, is_adapter, save_into, saved_parameters
 from postgrad.model.packed import weights_in
 from postgrad.model.quiet import quiet
 from postgrad.redaction import redact
@@ -31,14 +31,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         dtype: of the saved weights.
 
     Raises:
-        PostgradError: when the folder cannot be written.
+        PostgradError: when the folder cannot be written, or holds an adapter where a model is saved, or a model's
+            weights where an adapter is.
     """
+    _refuse_mixture(model, folder)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         with weights_in(model, dtype, saved_parameters(model)), quiet():
-            model.save_pretrained(temporary)
+            if has_adapters(model):
+                save_into(model, temporary)
+            else:
+                model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():  # another user may serve the model
             os.chmod(file, 0o644)
@@ -54,6 +59,14 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _refuse_mixture(model: PreTrainedModel, folder: Path) -> None:
+    """Whoever loads a folder with weights and an adapter gets both, which nobody trained."""
+    if has_adapters(model) and any(folder.glob("model*.safetensors")):
+        raise PostgradError(f"{folder} holds a model, beside which no adapter can be saved", "choose another folder")
+    if not has_adapters(model) and is_adapter(folder):
+        raise PostgradError(f"{folder} holds an adapter, beside which no model can be saved", "choose another folder")
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from postgrad.redaction import redact
@@ -42,7 +43,8 @@ def _adapters(found: Row) -> str:
 
 def _export(one: Row) -> list[str]:
     names = ("to", "path", "dtype", "bytes", "max_logit_error", "same_tokens", "time")
-    return [_count(one.get(name)) if name == "bytes" else _cell(one.get(name)) for name in names]
+    shown = {"bytes": _count, "time": _moment}
+    return [shown.get(name, _cell)(one.get(name)) for name in names]
 
 
 def _path(one: Row) -> list[str]:
@@ -54,6 +56,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return UNKNOWN if value is None else flat(value)
+
+
+def _moment(value: Any) -> str:
+    """Seconds since 1970 as a date and a time here."""
+    try:
+        return datetime.fromtimestamp(value).strftime("%Y-%m-%d %H:%M") if _is_number(value) else _cell(value)
+    except (OverflowError, ValueError, OSError):
+        return _cell(value)
 
 
 def _count(value: Any) -> str:

@@ -164,6 +164,17 @@ class Scheduler:
         self._batch.clear()
 
     def _run(self) -> None:
+        try:
+            self._compute()
+        finally:  # whatever ended it, nobody is left waiting
+            with self._changed:
+                self._stopping = True
+                left = [*self._running, *self._waiting]
+                self._running, self._waiting = [], deque()
+            for ticket in left:
+                ticket.on_failure("the server is stopping")
+
+    def _compute(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._stopping):
@@ -175,11 +186,6 @@ class Scheduler:
             except Exception as error:  # out of memory, most likely: those who run lose, the server goes on
                 log.error("serving: the model failed: %s", type(error).__name__)
                 self._fail_running(f"the model failed ({type(error).__name__})")
-        with self._changed:
-            left, self._waiting = list(self._waiting), deque()
-        for ticket in left:
-            ticket.on_failure("the server is stopping")
-        self._fail_running("the server is stopping")
 
     def _turn(self) -> None:
         """One token for everybody: those who gave up leave, those who fit join, the rest go on."""
@@ -224,9 +230,9 @@ class Scheduler:
 
     def _fail_running(self, message: str) -> None:
         failed, self._running = self._running, []
-        self._batch.clear()
         for ticket in failed:
             ticket.on_failure(message)
+        self._batch.clear()
 
     def _forget_cancelled(self) -> None:
         if any(ticket.cancelled.is_set() for ticket in self._waiting):

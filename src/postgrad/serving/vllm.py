@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from postgrad.errors import ConfigError
-from postgrad.model.load import load_tokenizer, resolve
+from postgrad.model.find import resolve
+from postgrad.model.load import load_tokenizer
 from postgrad.serving.server import Settings
 
 

@@ -1,0 +1,81 @@
+"""A YAML file and ``key=value`` overrides → a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from postgrad.config import RunConfig, kinds
+from postgrad.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses an option given twice, of which the standard loader would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping's values by name."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen and key.value != "<<":
+                raise yaml.YAMLError(f"'{key.value}' is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path | None, overrides: dict[str, Any]) -> RunConfig:
+    """Read a YAML file, apply overrides, validate.
+
+    Args:
+        path: YAML file of flat options, or None.
+        overrides: options that win over the file's.
+
+    Raises:
+        ConfigError: for an unreadable file or an invalid option; the message names file and option.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: holds no options", "write one 'name: value' per line")
+        values.update({str(key): value for key, value in loaded.items()})
+    values.update(overrides)
+    for needed, flag in (("model_name_or_path", "-m MODEL"), ("dataset_name", "-d DATA")):
+        if values.get(needed) is None:
+            raise ConfigError(f"'{needed}' is missing", f"give {flag}, or {needed} in the config file")
+    try:
+        return RunConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}" if path else error.message, error.cure) from None
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """Turn ``["learning_rate=1e-5", "eval_steps=10"]`` into options.
+
+    Values are read as YAML, except those of options that are words: these are taken as they stand.
+
+    Raises:
+        ConfigError: for an item without ``=`` or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"'{item}' is not an option", "write options as name=value")
+        field = RunConfig.model_fields.get(name)
+        if field is not None and kinds(field.annotation) <= {str, type(None)} and text not in ("", "null"):
+            values[name] = text
+            continue
+        try:
+            values[name] = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"the value of '{name}' cannot be read: {text:.80}", "write it as in YAML") from None
+    return values
