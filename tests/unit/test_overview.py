@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -71,6 +72,19 @@ def test_show(cli: Callable[..., Result]) -> None:
     shown = cli("runs", "show", "runs/a")
     assert "learning_rate" in shown.text and "-1.000 (-1.500 … -0.500)" in shown.text
     assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_show_says_what_was_made_of_a_run_in_few_words(cli: Callable[..., Result]) -> None:
+    ids = list(range(5_000))
+    forms = [{"name": name, "tokens_equal": True} for name in ("memory", "server")]
+    parity = {"paths": forms, "equal": False, "conversations": [{"outcomes": {"memory": {"token_ids": ids}}}]}
+    exports = [{"to": "gguf", "path": "a.gguf", "dtype": "f32", "time": 1_790_000_000.5}, "damaged"]
+    Path("runs/a/parity.json").write_text(json.dumps(parity))
+    Path("runs/a/exports.json").write_text(json.dumps({"exports": exports}))
+    shown = cli("runs", "show", "a")
+    assert shown.code == 0, shown.text
+    assert "memory, server: NOT all give the same" in shown.text and "gguf, a.gguf, f32, 2026-" in shown.text
+    assert len(shown.out.splitlines()) < 60
 
 
 def test_diff(cli: Callable[..., Result]) -> None:

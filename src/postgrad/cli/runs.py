@@ -94,7 +94,8 @@ def show(run: RUN, runs: RUNS = "runs", as_json: JSON = False) -> None:
     if as_json:
         emit(found)
         return
-    lines = [[name.replace("_", " "), _text(found[name])] for name in SHOWN if found[name] is not None]
+    said = {**found, **_in_words(found)}
+    lines = [[name.replace("_", " "), _rounded(said[name])] for name in SHOWN if said[name] is not None]
     _table(("", ""), [*lines, ["size", _bytes(found["bytes"])]])
     if found["settings"]:
         _table(("setting", "value"), [[name, _text(value)] for name, value in found["settings"].items()])
@@ -238,6 +239,30 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(_text(item) for item in value)
     return "none" if value is None else str(value)
+
+
+def _rounded(value: Any) -> str:
+    """As :func:`_text`, for figures that are looked at and not copied."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_rounded(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+    """What was made of the trained model, as the report says it."""
+    from postgrad.report.afterwards import afterwards
+
+    parity = found["parity"] if isinstance(found["parity"], dict) else {}
+    said = afterwards({"adapters": found["adapters"]}, {"exports": found["exports"]}, parity)
+    verdict = {True: "all give the same", False: "NOT all give the same", None: "not recorded"}[said["equal"]]
+    forms = ", ".join(path[0] for path in said["paths"])
+    return {
+        "adapters": said["adapters"],
+        "exports": [", ".join((to, path, dtype, time)) for to, path, dtype, _, _, _, time in said["exports"]] or None,
+        "parity": f"{forms}: {verdict}" if forms else None,
+    }
 
 
 def _score(value: float | None) -> str:
