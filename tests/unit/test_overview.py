@@ -75,6 +75,7 @@ def test_show(cli: Callable[..., Result]) -> None:
 
 
 def test_show_says_what_was_made_of_a_run_in_few_words(cli: Callable[..., Result]) -> None:
+    made("a")
     ids = list(range(5_000))
     forms = [{"name": name, "tokens_equal": True} for name in ("memory", "server")]
     parity = {"paths": forms, "equal": False, "conversations": [{"outcomes": {"memory": {"token_ids": ids}}}]}
