@@ -188,7 +188,6 @@ def config_page() -> str:
 
 def trl_page() -> str:
     """Return ``docs/trl.md``: what becomes of each TRL option, and what behaves differently."""
-    refused = {name: option for name, option in trl_options.OPTIONS.items() if option.status == "refused"}
     lines = [
         "# Coming from TRL",
         "",
@@ -232,6 +231,15 @@ def trl_page() -> str:
         "",
         *_table(("Options", "Why they have none"), _harmless_rows()),
         "",
+        *_trl_refused(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _trl_refused() -> list[str]:
+    """What of TRL is refused, and what to use instead."""
+    refused = {name: option for name, option in trl_options.OPTIONS.items() if option.status == "refused"}
+    return [
         "## Refused",
         "",
         "The values in the second column ask for nothing that postgrad does otherwise, and are accepted.",
@@ -253,7 +261,6 @@ def trl_page() -> str:
             ((f"`{name}`", note) for name, note in trl_options.TRAINER_ARGUMENTS.items()),
         ),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def cli_page() -> str:
