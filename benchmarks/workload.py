@@ -59,7 +59,9 @@ class Workload:
 CPU = ("postgrad", "trl", "trl-tuned", "transformers")
 TUTORIAL = ("postgrad-eager", "postgrad-compiled", "trl", "trl-nockpt")
 LARGE = ("postgrad-compiled", "trl-best")  # too few steps for postgrad to choose compiling by itself
+LEAN = ("postgrad-adamw-bf16", "postgrad-adamw-8bit")
 LORA = ("postgrad-lora", "trl-best-lora", "trl-best-lora-ckpt")
+QLORA = ("postgrad-qlora", "trl-best-qlora", "trl-best-qlora-ckpt")
 LARGE_MODEL = ("postgrad-compiled", "trl-best-ckpt")  # without recomputed activations it does not fit
 SIZES = {"qwen3-0.6b": ("Qwen3-0.6B", 0.6), "qwen3-1.7b": ("Qwen3-1.7B", 1.7), "qwen3-4b": ("Qwen3-4B", 4.0)}
 
@@ -81,10 +83,11 @@ def _h100() -> list[Workload]:
     return [
         Workload("Qwen3-0.6B shape, tutorial settings", "qwen3-0.6b", 160, 1, 8, TUTORIAL),
         Workload("SmolLM2-135M shape, tutorial settings", "smollm2-135m", 160, 1, 8, TUTORIAL),
-        Workload("Qwen3-0.6B shape, 40 documents a step", "qwen3-0.6b", 1200, 40, 1, (*LARGE, "trl-bf16")),
+        Workload("Qwen3-0.6B shape, 40 documents a step", "qwen3-0.6b", 1200, 40, 1, (*LARGE, *LEAN, "trl-bf16")),
         Workload("Qwen3-1.7B shape, 40 documents a step", "qwen3-1.7b", 800, 40, 1, LARGE),
         Workload("Qwen3-4B shape, 40 documents a step", "qwen3-4b", 400, 40, 1, LARGE_MODEL),
         Workload("Qwen3-4B shape, LoRA of rank 16", "qwen3-4b", 400, 40, 1, LORA, adapters=True),
+        Workload("Qwen3-4B shape, QLoRA of rank 16", "qwen3-4b", 400, 40, 1, QLORA, adapters=True),
     ]
 
 

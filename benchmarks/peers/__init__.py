@@ -49,10 +49,27 @@ PEERS: dict[str, Peer] = {
         "trl-best with the weights themselves in bf16, where small updates are lost in rounding; for reference",
         {"bf16_weights": True},
     ),
-    "postgrad-lora": Peer("postgrad", "postgrad, LoRA, compiled", {"torch_compile": True, "adapter": True}),
-    "trl-best-lora": Peer("trl_best", "trl-best with PEFT's LoRA over bf16 weights", {"adapter": True}),
+    "postgrad-lora": Peer("postgrad", "postgrad, LoRA, compiled", {"torch_compile": True, "adapter": "lora"}),
+    "trl-best-lora": Peer("trl_best", "trl-best with PEFT's LoRA over bf16 weights", {"adapter": "lora"}),
     "trl-best-lora-ckpt": Peer(
-        "trl_best", "the same with checkpointing", {"adapter": True, "gradient_checkpointing": True}
+        "trl_best", "the same with checkpointing", {"adapter": "lora", "gradient_checkpointing": True}
+    ),
+    "postgrad-qlora": Peer(
+        "postgrad", "postgrad, LoRA over four bits, compiled", {"torch_compile": True, "adapter": "qlora"}
+    ),
+    "trl-best-qlora": Peer("trl_best", "trl-best with PEFT's LoRA over four bits", {"adapter": "qlora"}),
+    "trl-best-qlora-ckpt": Peer(
+        "trl_best", "the same with checkpointing", {"adapter": "qlora", "gradient_checkpointing": True}
+    ),
+    "postgrad-adamw-bf16": Peer(
+        "postgrad",
+        "postgrad-compiled with the optimizer's state in bf16",
+        {"torch_compile": True, "optim": "adamw_bf16"},
+    ),
+    "postgrad-adamw-8bit": Peer(
+        "postgrad",
+        "postgrad-compiled with the optimizer's state in 8 bits",
+        {"torch_compile": True, "optim": "adamw_8bit"},
     ),
     "transformers": Peer("transformers", "`transformers.Trainer`, a padding collator, bf16 autocast, no checkpointing"),
 }

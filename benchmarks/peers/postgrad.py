@@ -21,19 +21,22 @@ def run(
     workload: Workload,
     folder: Path,
     torch_compile: bool | None = None,
-    adapter: bool = False,
+    adapter: lora.Adapter | None = None,
+    optim: str | None = None,
 ) -> Timing:
     """Train with postgrad.
 
     Args:
         model, tokenizer, documents, workload, folder: as every contender takes them.
         torch_compile: None leaves the choice to postgrad.
-        adapter: train LoRA over bf16 weights.
+        adapter: train LoRA over bf16 weights, or over weights in four bits.
+        optim: instead of the default.
     """
     settings: dict[str, Any] = {
         "per_device_train_batch_size": workload.per_device_train_batch_size,
         "gradient_accumulation_steps": workload.gradient_accumulation_steps,
         **_compilation(torch_compile),
+        **({"optim": optim} if optim else {}),
     }
     config = SFTConfig(
         output_dir=str(folder / "run"),
@@ -46,7 +49,7 @@ def run(
     )
     more = {"peft_config": lora.settings()} if adapter else {}
     if adapter:
-        model = lora.base(model)
+        model = lora.base(model, adapter, folder)
     trainer = SFTTrainer(model=model, args=config, train_dataset=documents, processing_class=tokenizer, **more)
     started = time.perf_counter()
     trainer.train()

@@ -22,14 +22,14 @@ def run(
     documents: list[Document],
     workload: Workload,
     folder: Path,
-    adapter: bool = False,
+    adapter: lora.Adapter | None = None,
     **changes: Any,
 ) -> Timing:
     """Train with TRL on the same rows in the same order.
 
     Args:
         model, tokenizer, documents, workload, folder: as every contender takes them.
-        adapter: train LoRA over bf16 weights.
+        adapter: train LoRA over bf16 weights, or over weights in four bits.
         changes: options of ``SFTConfig`` that differ from the tutorial's.
     """
     settings: dict[str, Any] = {
@@ -54,6 +54,6 @@ def run(
     dataset = Dataset.from_list(documents)
     more = {"peft_config": lora.settings()} if adapter else {}
     if adapter:
-        model = lora.base(model)
+        model = lora.base(model, adapter, folder)
     trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **more)
     return timed(trainer, settings)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.documents import Document
-from benchmarks.peers import trl, varlen
+from benchmarks.peers import lora, trl, varlen
 from benchmarks.peers.timing import Timing
 from benchmarks.workload import Workload
 
@@ -24,7 +24,7 @@ def run(
     folder: Path,
     bf16_weights: bool = False,
     gradient_checkpointing: bool = False,
-    adapter: bool = False,
+    adapter: lora.Adapter | None = None,
 ) -> Timing:
     """Train on packs of 4096 tokens, about as many tokens a step as the workload has.
 
@@ -32,7 +32,7 @@ def run(
         model, tokenizer, documents, workload, folder: as every contender takes them.
         bf16_weights: keep the weights themselves in bf16: faster, but small updates are lost in rounding.
         gradient_checkpointing: for models that do not fit without.
-        adapter: train LoRA over bf16 weights.
+        adapter: train LoRA over bf16 weights, or over weights in four bits.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("this contender needs a GPU")

@@ -81,6 +81,36 @@ Example = Conversation | TextRow | TokenRow
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, of which one is preferred (DPO).
+
+    Args:
+        chosen, rejected: both chats, with the prompt as the first ``given`` messages of each, or both texts with the
+            same ``prompt``.
+        source: file and row.
+    """
+
+    chosen: Conversation | TextRow
+    rejected: Conversation | TextRow
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something to be answered and rewarded (online RL).
+
+    Args:
+        question: a chat that ends before the answer, or a text whose completion is empty.
+        columns: everything else that the row has, for reward functions.
+        source: file and row.
+    """
+
+    question: Conversation | TextRow
+    columns: dict[str, Any]
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One document as the model sees it.
 
@@ -103,6 +133,32 @@ class Sample:
     def trained(self) -> int:
         """Number of tokens that count as targets. The first token of a document has nothing before it."""
         return int((self.weights_T[1:] > 0).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Sample):
+    """A document with what the reference model thinks of it.
+
+    Args:
+        reference_N: the reference's log p of each trained token, in order, float32; None where it is not needed.
+    """
+
+    reference_N: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout(Scored):
+    """An answer that the model itself wrote, and what it was worth.
+
+    Args:
+        advantage: of the whole answer.
+        old_N: log p of each trained token under the weights that wrote it, float32; None where it is the current ones.
+        sampler_N: likewise as the sampler computed them; None where nothing else than the trainer sampled.
+    """
+
+    advantage: float = 0.0
+    old_N: np.ndarray | None = None
+    sampler_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
