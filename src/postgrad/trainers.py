@@ -210,7 +210,8 @@ class SFTTrainer:
             tokenizer = load_tokenizer(model)
         if type(model).__name__.startswith("Peft"):
             model = adapters.adopt(model)
-        refuse_unsupported(type(model).__name__, model.config)
+        adapted = adapted or adapters.has_adapters(model)
+        refuse_unsupported(type(model).__name__, model.config, adapted, on_gpu=model.device.type == "cuda")
         check_vocabulary(type(model).__name__, model, tokenizer)
         if self.args.use_cpu or (torch.cuda.is_available() and model.device.type == "cpu"):
             place(model, torch.device("cpu" if self.args.use_cpu else "cuda"))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
+from postgrad import SFTConfig, SFTTrainer
 from program import Result, metrics, rows_of, weights, write_jsonl
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -57,6 +59,23 @@ def test_an_adapter_trains(cli: Callable[..., Result], job: list[str], options: 
     losses = [row["loss"] for row in metrics(Path("run")) if "loss" in row]
     assert losses[-1] < losses[0] - 0.05
     assert cli("ask", "-m", "run", "alpha beta", "--max-new-tokens", "4").code == 0
+
+
+def test_an_adapter_trains_on_a_model_that_came_in_four_bits(model_folder: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), quantization_config=options, device_map="cuda")
+    args = SFTConfig(output_dir=str(tmp_path / "run"), num_train_epochs=4, learning_rate=1e-2, logging_steps=1)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(model, args, tiny.chats(16), peft_config=adapter)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.05
+    codes = [p.dtype for name, p in model.named_parameters() if name.endswith("q_proj.base_layer.weight")]
+    assert set(codes) == {torch.uint8}
 
 
 def test_a_spike_stops_the_run(cli: Callable[..., Result], model_folder: Callable[..., str], tmp_path: Path) -> None:

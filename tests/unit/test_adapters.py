@@ -169,3 +169,15 @@ def test_the_trainer_saves_in_the_dtype_asked_for(model_folder: Callable[..., st
     with pytest.raises(ConfigError, match="load it with dtype='float32'"):
         SFTTrainer(model=half, args=args, processing_class=tiny.tokenizer())
     SFTTrainer(model=half, args=args, processing_class=tiny.tokenizer(), peft_config=lora())
+
+
+def test_a_model_that_came_in_four_bits_needs_an_adapter_and_a_gpu(model_folder: Callable[..., str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), quantization_config=options, device_map="cpu")
+    with pytest.raises(ModelError, match="train an adapter"):
+        SFTTrainer(model, SFTConfig(), tiny.chats(16))
+    with pytest.raises(ModelError, match="needs a CUDA GPU"):
+        SFTTrainer(model, SFTConfig(use_cpu=True), tiny.chats(16), peft_config=lora())

@@ -294,8 +294,14 @@ def _source_dtype(config: Any) -> torch.dtype:
     return DTYPES.get(str(found).removeprefix("torch."), torch.float32)
 
 
-def refuse_unsupported(name: str, config: Any) -> None:
+def refuse_unsupported(name: str, config: Any, adapted: bool = False, on_gpu: bool = False) -> None:
     """Refuse what cannot be trained right: vision, quantised, encoder-decoder and mixture-of-experts models.
+
+    Args:
+        name: for the message.
+        config: the model's.
+        adapted: an adapter is trained, under which weights quantised by bitsandbytes may stay as they are.
+        on_gpu: the model is on a CUDA GPU.
 
     Raises:
         ModelError: with the reason.
@@ -303,8 +309,15 @@ def refuse_unsupported(name: str, config: Any) -> None:
     text = config.get_text_config()
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         raise ModelError(f"{name} reads images or sound, which postgrad does not train", "use a text-only model")
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{name} is already quantised; it cannot be trained as it is", "use the unquantised model")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and not (adapted and getattr(quantized, "quant_method", None) == "bitsandbytes"):
+        raise ModelError(
+            f"{name} is already quantised; it cannot be trained as it is",
+            "use the unquantised model, or train an adapter on one that bitsandbytes quantised: "
+            "SFTTrainer(model, peft_config=LoraConfig(…))",
+        )
+    if quantized and not on_gpu:  # bitsandbytes' products on a CPU give no gradient to what is below them
+        raise ModelError(f"{name} is quantised, which needs a CUDA GPU to be trained on", "use the unquantised model")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is no causal language model (encoder and decoder)", "use a causal model")
     experts = [key for key in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(text, key, None)]
