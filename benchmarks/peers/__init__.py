@@ -54,9 +54,7 @@ PEERS: dict[str, Peer] = {
     "trl-best-lora-ckpt": Peer(
         "trl_best", "the same with checkpointing", {"adapter": "lora", "gradient_checkpointing": True}
     ),
-    "postgrad-qlora": Peer(
-        "postgrad", "postgrad, LoRA over four bits, compiled", {"torch_compile": True, "adapter": "qlora"}
-    ),
+    "postgrad-qlora": Peer("postgrad", "postgrad's defaults, LoRA over four bits", {"adapter": "qlora"}),
     "trl-best-qlora": Peer("trl_best", "trl-best with PEFT's LoRA over four bits", {"adapter": "qlora"}),
     "trl-best-qlora-ckpt": Peer(
         "trl_best", "the same with checkpointing", {"adapter": "qlora", "gradient_checkpointing": True}
