@@ -52,12 +52,14 @@ PEERS: dict[str, Peer] = {
     "postgrad-lora": Peer("postgrad", "postgrad, LoRA, compiled", {"torch_compile": True, "adapter": "lora"}),
     "trl-best-lora": Peer("trl_best", "trl-best with PEFT's LoRA over bf16 weights", {"adapter": "lora"}),
     "trl-best-lora-ckpt": Peer(
-        "trl_best", "the same with checkpointing", {"adapter": "lora", "gradient_checkpointing": True}
+        "trl_best", "trl-best-lora with checkpointing", {"adapter": "lora", "gradient_checkpointing": True}
     ),
     "postgrad-qlora": Peer("postgrad", "postgrad's defaults, LoRA over four bits", {"adapter": "qlora"}),
     "trl-best-qlora": Peer("trl_best", "trl-best with PEFT's LoRA over four bits", {"adapter": "qlora"}),
     "trl-best-qlora-ckpt": Peer(
-        "trl_best", "the same with checkpointing", {"adapter": "qlora", "gradient_checkpointing": True}
+        "trl_best",
+        "trl-best with PEFT's LoRA over four bits and checkpointing",
+        {"adapter": "qlora", "gradient_checkpointing": True},
     ),
     "postgrad-adamw-bf16": Peer(
         "postgrad",
