@@ -16,6 +16,8 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(_name, "1")
 
 _PLACES = {
+    "DPOConfig": "postgrad.method_config",
+    "DPOTrainer": "postgrad.trainers",
     "SFTConfig": "postgrad.config",
     "SFTTrainer": "postgrad.trainers",
     "DataCollatorForCompletionOnlyLM": "postgrad.tutorial",
@@ -27,6 +29,8 @@ _PLACES = {
 }
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "DataCollatorForCompletionOnlyLM",
     "PostgradError",
     "SFTConfig",
@@ -41,7 +45,8 @@ __all__ = [
 if TYPE_CHECKING:
     from postgrad.config import SFTConfig
     from postgrad.errors import PostgradError
-    from postgrad.trainers import SFTTrainer
+    from postgrad.method_config import DPOConfig
+    from postgrad.trainers import DPOTrainer, SFTTrainer
     from postgrad.tutorial import (
         DataCollatorForCompletionOnlyLM,
         display_dataset,

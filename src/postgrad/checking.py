@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from postgrad.checks.disk import disk_check
 from postgrad.checks.isolation import isolation_check
+from postgrad.checks.pairs import prepare_pairs
 from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
 from postgrad.checks.quality import quality_checks
 from postgrad.checks.rehearsal import rehearse
@@ -18,6 +19,9 @@ from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError, TrainingStopped
+from postgrad.method_config import DPOConfig
+from postgrad.methods.dpo import DPO
+from postgrad.methods.method import Method
 from postgrad.model import adapters
 from postgrad.model.load import (
     DTYPES,
@@ -36,6 +40,9 @@ from postgrad.types import Conversation, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+PREPARE: dict[str, Callable[..., Prepared]] = {"sft": prepare, "dpo": prepare_pairs}
 
 
 @dataclass(slots=True)
@@ -128,10 +135,10 @@ def examine_rows(
     if config.eval_strategy != "no" and not data.heldout:
         raise ConfigError("eval_strategy needs held-out data", "give eval_dataset, or eval_strategy=no")
     options: dict[str, Any] = {"limit": limit, "skip_bad": skip_bad, "note": display.note}
-    prepared = prepare(data.train, renderer, config, problems=data.problems, **options)
+    prepared = PREPARE[config.method](data.train, renderer, config, problems=data.problems, **options)
     heldout, more = None, [Check("options", "pass", note) for note in config.notes]
     if data.heldout:
-        heldout = prepare(data.heldout, renderer, config, **options)
+        heldout = PREPARE[config.method](data.heldout, renderer, config, **options)
         more += [_heldout(item) for item in heldout.checks if item.status != "pass"]
         more.append(overlap_check(prepared.examples, heldout.examples))
     if run is not None:  # rows that are only scored are not looked at
@@ -183,10 +190,16 @@ def make_job(
         eval_samples=heldout.samples if heldout else [],
         config=config,
         run=run,
+        method=make_method(config),
         compute_dtype=DTYPES[choices["compute_dtype"]],
         identity=identity,
         display=display,
     )
+
+
+def make_method(config: SFTConfig) -> Method:
+    """What makes a step's loss."""
+    return DPO(config) if isinstance(config, DPOConfig) else Method()
 
 
 def try_out(job: Job, choices: dict[str, Any], resumes: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -47,6 +47,9 @@ class SFTConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    method: ClassVar[str] = "sft"
+    trainer: ClassVar[str] = "SFTTrainer"
+    foreign: ClassVar[dict[str, trl_options.Option]] = {}  # TRL's options of this method that are no fields here
 
     output_dir: str | None = Field(None, description="Run directory. Default: runs/NAME, or the next free runs/NAME-2.")
     run_name: str = Field("sft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="NAME of the run directory.")
@@ -155,7 +158,7 @@ class SFTConfig(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         known = set(type(self).model_fields)
-        values, notes = trl_options.translate(values, known)
+        values, notes = trl_options.translate(values, known, self.foreign)
         for name in values:
             if name not in known:
                 raise ConfigError(f"unknown option '{name}'", _suggest(name, known))
@@ -185,6 +188,16 @@ class SFTConfig(BaseModel):
     def examples_per_step(self) -> int:
         """Examples one optimizer step sees on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def examples_per_batch(self) -> int:
+        """Examples of one device in one accumulation step."""
+        return self.per_device_train_batch_size
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps on the same examples, one after the other."""
+        return 1
 
     @property
     def changed(self) -> set[str]:

@@ -9,6 +9,7 @@ import yaml
 
 from postgrad.config import RunConfig, kinds
 from postgrad.errors import ConfigError
+from postgrad.method_config import RUN_CONFIGS
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,12 +27,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | Path | None, overrides: dict[str, Any]) -> RunConfig:
+def load_config(path: str | Path | None, overrides: dict[str, Any], method: str = "sft") -> RunConfig:
     """Read a YAML file, apply overrides, validate.
 
     Args:
         path: YAML file of flat options, or None.
         overrides: options that win over the file's.
+        method: whose configuration it is; a file that names another is refused.
 
     Raises:
         ConfigError: for an unreadable file or an invalid option; the message names file and option.
@@ -48,11 +50,13 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> RunConfig
             raise ConfigError(f"{path}: holds no options", "write one 'name: value' per line")
         values.update({str(key): value for key, value in loaded.items()})
     values.update(overrides)
+    if values.pop("method", method) != method:
+        raise ConfigError(f"{path}: is a configuration of another method", f"its 'method' is not {method}")
     for needed, flag in (("model_name_or_path", "-m MODEL"), ("dataset_name", "-d DATA")):
         if values.get(needed) is None:
             raise ConfigError(f"'{needed}' is missing", f"give {flag}, or {needed} in the config file")
     try:
-        return RunConfig(**values)
+        return RUN_CONFIGS[method](**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}" if path else error.message, error.cure) from None
 
@@ -70,7 +74,7 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
         name, equals, text = item.partition("=")
         if not equals or not name:
             raise ConfigError(f"'{item}' is not an option", "write options as name=value")
-        field = RunConfig.model_fields.get(name)
+        field = next((kind.model_fields[name] for kind in RUN_CONFIGS.values() if name in kind.model_fields), None)
         if field is not None and kinds(field.annotation) <= {str, type(None)} and text not in ("", "null"):
             values[name] = text
             continue

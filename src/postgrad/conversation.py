@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from postgrad.config import RunConfig
 from postgrad.config_file import parse_overrides
 from postgrad.data.render import Renderer, RenderOptions
 from postgrad.decoding import UnsupportedModel
 from postgrad.errors import ConfigError, ModelError
 from postgrad.generate import generate, needs_transformers, prompter, to_answer
+from postgrad.method_config import read_config
 from postgrad.model.load import LoadedModel, context_length, load_model
 from postgrad.runs import Run
 from postgrad.sampling import Chooser, Sampling
@@ -352,7 +352,7 @@ def starting_model(path: str, trained: LoadedModel) -> LoadedModel:
     values = Run.open(Path(path).expanduser()).read_yaml("config.yaml")
     if "model_name_or_path" not in values:
         raise ConfigError(f"{path} was started from Python with a model in memory", "chat with that model by its name")
-    config = RunConfig(**values)
+    config = read_config(values)
     base = load_model(
         config.model_name_or_path,
         revision=config.model_revision,

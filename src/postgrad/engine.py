@@ -21,6 +21,7 @@ from postgrad.model.graphed import can_be_graphed
 from postgrad.model.load import DTYPES, LoadedModel, fast_bf16
 from postgrad.model.memory import LEAST_TOKENS, MemoryPlan, free_bytes, plan_memory
 from postgrad.model.packed import Choices, PackedModel
+from postgrad.model.sharing import with_sharing
 from postgrad.runs import Run
 from postgrad.train.feed import STEPS_LOOKED_AT
 from postgrad.train.order import DataOrder, by_example
@@ -60,7 +61,10 @@ def _engine(
     model = loaded.model
     if config.moments_rounded and not has_triton(model.device):
         raise ConfigError(f"optim={config.optim} needs a CUDA GPU", "leave it out: the moments are then float32")
-    packed = PackedModel(model, packed_model.choose(model, dtype))
+    found = packed_model.choose(model, dtype)
+    if config.method != "sft":
+        found = with_sharing(model, found, dtype)
+    packed = PackedModel(model, found)
     order = DataOrder(len(prepared.examples), config)
     tokens = int(sum(len(sample) for sample in prepared.samples) * order.total_steps / order.steps_per_epoch)
     wanted, why = worth_compiling(model, tokens, order.total_steps, dtype)
@@ -79,6 +83,7 @@ def _engine(
         packed.choices.tiles
         and config.torch_compile is not False
         and not packed.choices.recomputed
+        and config.method == "sft"
         and can_be_graphed(model)
         and worth_graphing(model, tokens, passes, packed.choices.compiled)
     )

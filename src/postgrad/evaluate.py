@@ -15,7 +15,7 @@ import torch
 from postgrad.data.render import Renderer
 from postgrad.generate import Sampling, generate
 from postgrad.model.packed import PackedModel
-from postgrad.types import Conversation, Example, Sample, TokenRow
+from postgrad.types import Conversation, Example, Pair, Sample, Task, TokenRow
 
 RESAMPLES = 2000
 LEAST_ROWS = 8  # with fewer, an interval from resampling rows is too narrow to rely on
@@ -35,7 +35,8 @@ class Item:
         answer: the exact answer, where the row carries one.
         response, stop_reason, new_tokens: what the model wrote, or None where it was not asked.
         exact: whether the response gives the exact answer.
-        nll, tokens: sum of −log p of the row's trained tokens, and their number.
+        nll, tokens: sum of −log p of the row's trained tokens, and their number; of a pair, the chosen answer's.
+        rejected, rejected_nll, rejected_tokens: likewise a pair's other answer, with its text.
     """
 
     id: str
@@ -50,6 +51,12 @@ class Item:
     exact: bool | None = None
     nll: float | None = None
     tokens: int | None = None
+    rejected: str | None = None
+    rejected_nll: float | None = None
+    rejected_tokens: int | None = None
+
+
+OF_PAIRS = ("rejected", "rejected_nll", "rejected_tokens")
 
 
 @dataclass(slots=True)
@@ -62,7 +69,8 @@ class Exam:
         questions: the user's questions.
         system_message: goes before each question.
         examples: held-out rows.
-        samples: the held-out rows' Samples.
+        samples: the held-out rows' Samples; of pairs, those of the chosen answers.
+        rejected: Samples of pairs' rejected answers.
         max_new_tokens: longest answer.
         max_asked_rows: most held-out rows that are answered; all are scored by loss.
     """
@@ -71,10 +79,11 @@ class Exam:
     stop_ids: list[int]
     questions: list[str]
     system_message: str | None
-    examples: list[Example]
-    samples: list[Sample]
+    examples: Sequence[Example | Pair | Task]
+    samples: Sequence[Sample]
     max_new_tokens: int
     max_asked_rows: int
+    rejected: Sequence[Sample] = ()
 
 
 def heldout_loss(
@@ -152,6 +161,8 @@ def sit(
     first_row = len(exam.questions)
     for example, (nll, count) in losses.items():
         items[first_row + example].nll, items[first_row + example].tokens = nll, count
+    for example, (nll, count) in (heldout_loss(packed, exam.rejected, token_budget) or {}).items():
+        items[first_row + example].rejected_nll, items[first_row + example].rejected_tokens = nll, count
     return items
 
 
@@ -163,12 +174,32 @@ def items_of(exam: Exam) -> tuple[list[Item], list[list[int] | None]]:
         items.append(Item(f"question-{number}", "question", "", question))
         messages = [{"role": "system", "content": exam.system_message}] if exam.system_message else []
         prompts.append(exam.renderer.question_ids([*messages, {"role": "user", "content": question}]))
-    for number, example in enumerate(exam.examples):
-        prompt, reference = shown(example)
-        answer = None if isinstance(example, TokenRow) else example.answer
-        items.append(Item(f"heldout-{example.source}", "heldout", str(example.source), prompt, reference, answer))
-        prompts.append(exam.renderer.prompt_ids(example) if number < exam.max_asked_rows and prompt else None)
+    for number, row in enumerate(exam.examples):
+        example, item = _item_of(row)
+        items.append(item)
+        prompts.append(exam.renderer.prompt_ids(example) if number < exam.max_asked_rows and item.prompt else None)
     return items, prompts
+
+
+def _item_of(row: Example | Pair | Task) -> tuple[Example, Item]:
+    """What is asked of a held-out row, and its item, unanswered."""
+    example = question_of(row)
+    prompt, reference = shown(example)
+    item = Item(f"heldout-{row.source}", "heldout", str(row.source), prompt, reference)
+    if isinstance(row, Pair):
+        item.rejected = shown(row.rejected)[1]
+    elif isinstance(row, Task):
+        answer = row.columns.get("answer")
+        item.answer = str(answer) if isinstance(answer, str | int | float) else None
+        item.reference = item.answer
+    if not isinstance(example, TokenRow):
+        item.answer = item.answer or example.answer
+    return example, item
+
+
+def question_of(row: Example | Pair | Task) -> Example:
+    """What of a row is asked: of a pair the chosen answer's prompt, of a task its question."""
+    return row.chosen if isinstance(row, Pair) else row.question if isinstance(row, Task) else row
 
 
 def shown(example: Example) -> tuple[str, str]:
@@ -241,8 +272,8 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]], seed: int
         "mean_length": _values(asked, lambda row: row["new_tokens"]),
         "exact": _values(graded, lambda row: row["exact"]),
     }
-    difference = {"loss": _bootstrap(losses[0], losses[1], tokens, rng)}
-    difference.update({name: _bootstrap(a, b, np.ones(len(a)), rng) for name, (a, b) in one.items()})
+    difference = {"loss": paired_bootstrap(losses[0], losses[1], tokens, rng)}
+    difference.update({name: paired_bootstrap(a, b, np.ones(len(a)), rng) for name, (a, b) in one.items()})
     result: dict[str, Any] = {
         "before": _summary(losses[0], tokens, {name: value[0] for name, value in one.items()}),
         "after": _summary(losses[1], tokens, {name: value[1] for name, value in one.items()}),
@@ -270,10 +301,16 @@ def _summary(nll: np.ndarray, tokens: np.ndarray, one: dict[str, np.ndarray]) ->
     }
 
 
-def _bootstrap(
+def paired_bootstrap(
     before: np.ndarray, after: np.ndarray, weight: np.ndarray, rng: np.random.Generator
 ) -> dict[str, float] | None:
-    """Difference of weighted means with a percentile interval; None without rows."""
+    """Difference of weighted means, after minus before, with a percentile interval; None without rows.
+
+    Args:
+        before, after: a value of each row.
+        weight: of each row.
+        rng: draws the rows.
+    """
     if not len(before):
         return None
     delta = after - before
@@ -289,12 +326,12 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     loss, exact = result["difference"]["loss"], result["difference"]["exact"]
     if loss is None:
         return {"status": "absent", "text": "No held-out rows were scored, so nothing can be said about improvement."}
-    parts = [_change("held-out loss", loss, result["before"]["loss"], result["after"]["loss"], "{:.3f}")]
+    parts = [change("held-out loss", loss, result["before"]["loss"], result["after"]["loss"], "{:.3f}")]
     if exact is not None:
-        parts.append(_change("exact answers", exact, result["before"]["exact"], result["after"]["exact"], "{:.0%}"))
+        parts.append(change("exact answers", exact, result["before"]["exact"], result["after"]["exact"], "{:.0%}"))
     if result["difference"]["stop_rate"] is not None:
         stops = (result["before"]["stop_rate"], result["after"]["stop_rate"])
-        parts.append(_change("answers that stop", result["difference"]["stop_rate"], *stops, "{:.0%}"))
+        parts.append(change("answers that stop", result["difference"]["stop_rate"], *stops, "{:.0%}"))
     if result["rows"]["loss"] < LEAST_ROWS:
         text = f"Only {result['rows']['loss']} held-out rows: too few for a verdict. " + "; ".join(parts)
         return {"status": "unclear", "text": f"{text}."}
@@ -305,11 +342,13 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     return {"status": status, "text": f"{words[status]} " + "; ".join(parts) + "."}
 
 
-def _change(name: str, difference: dict[str, float], before: float, after: float, form: str) -> str:
+def change(name: str, difference: dict[str, float], before: float, after: float, form: str) -> str:
+    """A change in words, with a note where its interval holds zero."""
     sure = "" if difference["low"] > 0 or difference["high"] < 0 else " (within noise)"
     return f"{name} {form.format(before)} → {form.format(after)}{sure}"
 
 
 def as_rows(items: list[Item]) -> list[dict[str, Any]]:
     """Items as they are written to ``before.jsonl`` and ``after.jsonl``."""
-    return [asdict(item) for item in items]
+    rows = [asdict(item) for item in items]
+    return [{key: value for key, value in row.items() if value is not None or key not in OF_PAIRS} for row in rows]

@@ -2,7 +2,7 @@
 
     load → check → ask before → train → ask after → report
 
-``sft`` is what the command line calls, ``resume`` continues an interrupted run, and both end in ``fine_tune``, which
+``start`` is what the command line calls, ``resume`` continues an interrupted run, and both end in ``fine_tune``, which
 the Python trainer calls with a model and rows of its own. Each stage is one function of :mod:`postgrad.stages`.
 """
 
@@ -25,7 +25,7 @@ from postgrad.recording import now, recorded, timed
 from postgrad.report.page import write_report
 from postgrad.resuming import find_checkpoint, resumed_config
 from postgrad.runs import Run
-from postgrad.stages import ask_after, ask_before, conclude, fit, load, load_data, make_card, make_exam
+from postgrad.stages import ask_after, ask_before, conclude, fit, load, load_data, make_card, make_exam, refer
 from postgrad.tracking import Tracking, tracked
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
@@ -85,8 +85,8 @@ class Ready:
     choices: dict[str, Any]
 
 
-def sft(config: RunConfig, display: Display) -> Outcome:
-    """Fine-tune from a model name and data names, with evidence: ``postgrad sft``.
+def start(config: RunConfig, display: Display) -> Outcome:
+    """Train from a model name and data names, with evidence: ``postgrad sft``, ``dpo`` and ``grpo``.
 
     Raises:
         PostgradError: of the kind that names the exit code; see :mod:`postgrad.errors`.
@@ -172,7 +172,7 @@ def _measured(
         save_model(loaded.model, loaded.tokenizer, run.path / "model", save_dtype)
     with timed(run, "after"):
         ask_after(exam, job.packed, choices["token_budget"], run, display)
-    comparison = conclude(run, loaded.model, display)
+    comparison = conclude(config, run, loaded.model, display)
     tracking.conclude(comparison, state.step)
     if saves_model:
         write_card(run.path / "model", make_card(config, loaded, data, run, comparison))
@@ -214,6 +214,7 @@ def make_ready(
         renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
         prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
+        prepared, heldout = refer(config, packed, choices, prepared, heldout, run, display)
         job = make_job(config, loaded, prepared, heldout, packed, choices, run, display)
         try_out(job, choices, resumes=resume_from is not None)
     return Ready(job, make_exam(config, loaded, renderer, heldout), choices)

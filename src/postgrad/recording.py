@@ -65,7 +65,8 @@ def recorded(run: Run, config: SFTConfig, new: bool = True) -> Iterator[None]:
 
 def write_config(run: Run, config: SFTConfig) -> None:
     """Write the resolved settings as ``config.yaml``."""
-    run.write_yaml("config.yaml", config.model_dump(mode="json") | {"output_dir": str(run.path)})
+    method = {} if config.method == "sft" else {"method": config.method}
+    run.write_yaml("config.yaml", {**method, **config.model_dump(mode="json"), "output_dir": str(run.path)})
 
 
 @contextmanager

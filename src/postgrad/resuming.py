@@ -10,6 +10,7 @@ import torch
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
+from postgrad.method_config import read_config
 from postgrad.redaction import redact
 from postgrad.runs import Run
 from postgrad.train import checkpoint
@@ -44,7 +45,7 @@ def resumed_config(run: Run, values: dict[str, Any], overrides: dict[str, Any]) 
     """
     if "output_dir" in overrides:
         raise ConfigError("a resume stays in its run directory", "leave output_dir out, or start a new run with -o")
-    old, new = RunConfig(**values), RunConfig(**{**values, **overrides, "output_dir": str(run.path)})
+    old, new = read_config(values), read_config({**values, **overrides, "output_dir": str(run.path)})
     changed = checkpoint.differences(computed(old), computed(new))
     if changed:
         raise CheckpointError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,14 +15,20 @@ from postgrad import __version__, baseline
 from postgrad.checking import Data
 from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
+from postgrad.data.formats import EXAMPLES
 from postgrad.data.load import load_examples
+from postgrad.data.pairs import PAIRS
 from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer
+from postgrad.data.rows import Reader
 from postgrad.data.split import split_heldout
+from postgrad.data.tasks import TASKS
 from postgrad.display import Display
-from postgrad.evaluate import Exam, as_rows, compare, sit
+from postgrad.evaluate import Exam, as_rows, sit
+from postgrad.method_config import DPOConfig
 from postgrad.model import adapters
 from postgrad.model.load import (
+    DTYPES,
     LoadedModel,
     load_model,
     weights_sha256,
@@ -30,15 +36,16 @@ from postgrad.model.load import (
 from postgrad.model.packed import PackedModel
 from postgrad.model.quantized import quantization
 from postgrad.model.save import model_card
+from postgrad.preferences import judge
 from postgrad.recording import write_config
+from postgrad.references import add_reference
 from postgrad.resuming import restore
 from postgrad.runs import Run
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
 
-if TYPE_CHECKING:
-    pass
+READERS: dict[str, Reader[Any]] = {"sft": EXAMPLES, "dpo": PAIRS, "grpo": TASKS}
 
 
 # -- 1. load ----------------------------------------------------------------------------------------------------
@@ -87,6 +94,7 @@ def load_data(config: RunConfig) -> Data:
         "columns": config.columns,
         "text_field": config.dataset_text_field,
         "seed": config.seed,
+        "reader": READERS[config.method],
     }
     loaded = load_examples(
         names,
@@ -121,18 +129,48 @@ def load_data(config: RunConfig) -> Data:
     return Data(train_rows, heldout, how, facts, problems)
 
 
+# -- 2. check -------------------------------------------------------------------------------------------------------
+
+
+def refer(
+    config: SFTConfig,
+    packed: PackedModel,
+    choices: dict[str, Any],
+    prepared: Prepared,
+    heldout: Prepared | None,
+    run: Run,
+    display: Display,
+) -> tuple[Prepared, Prepared | None]:
+    """Let the starting model be the reference, where the method has one over its documents."""
+    if not isinstance(config, DPOConfig) or config.reference_free:
+        return prepared, heldout
+    known = isinstance(config, RunConfig) and config.load_from_cache_file
+    known = known and baseline.is_known_by_weights(packed.model)
+    options: dict[str, Any] = {
+        "token_budget": choices["token_budget"],
+        "dtype": DTYPES[choices["compute_dtype"]],
+        "model_sha256": run.read_json("environment.json")["model"]["sha256"] if known else None,
+        "display": display,
+    }
+    prepared = add_reference(packed, prepared, **options)
+    return prepared, None if heldout is None else add_reference(packed, heldout, **options)
+
+
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------
 
 
 def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldout: Prepared | None) -> Exam:
-    """What is asked before and after."""
+    """What is asked before and after; of pairs the chosen answer is scored as a row's own, the rejected one beside it."""
+    samples = heldout.samples if heldout else []
+    of_pairs = config.method == "dpo"
     return Exam(
         renderer=renderer,
         stop_ids=loaded.chat.stop_ids,
         questions=read_questions(config.questions),
         system_message=config.system_message,
         examples=heldout.examples if heldout else [],
-        samples=heldout.samples if heldout else [],
+        samples=samples[::2] if of_pairs else samples,
+        rejected=samples[1::2] if of_pairs else [],
         max_new_tokens=config.max_new_tokens,
         max_asked_rows=config.max_asked_rows,
     )
@@ -192,12 +230,12 @@ def fit(job: Job, choices: dict[str, Any], resume_from: Path | None) -> tuple[Lo
 # -- 6. report --------------------------------------------------------------------------------------------------
 
 
-def conclude(run: Run, model: torch.nn.Module, display: Display) -> dict[str, Any] | None:
+def conclude(config: SFTConfig, run: Run, model: torch.nn.Module, display: Display) -> dict[str, Any] | None:
     """Compare after with before and write ``comparison.json``; None when nothing was asked."""
     before, after = run.read_rows("before.jsonl"), run.read_rows("after.jsonl")
     if not before or not after:
         return None
-    comparison = compare(before, after)
+    comparison = judge(before, after, config.beta if isinstance(config, DPOConfig) else None)
     comparison["model_before_sha256"] = run.read_json("environment.json")["model"]["sha256"]
     comparison["model_after_sha256"] = weights_sha256(model)
     run.write_json("comparison.json", comparison)

@@ -6,17 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
 from postgrad import trl_options
 from postgrad.checking import Data, examine_rows, make_renderer
+from postgrad.checks.prepare import Prepared
 from postgrad.config import SFTConfig
+from postgrad.data.formats import EXAMPLES
 from postgrad.data.load import build_examples, from_dataset
+from postgrad.data.pairs import PAIRS
+from postgrad.data.rows import Reader
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
+from postgrad.method_config import DPOConfig
 from postgrad.model import adapters
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported, saved_dtype
@@ -55,20 +60,19 @@ class TrainerState:
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class SFTTrainer:
-    """Supervised fine-tuning with TRL's interface and postgrad's engine, checks and evidence.
+class Trainer:
+    """TRL's interface over postgrad's engine, checks and evidence; a subclass for each method.
 
     ``train()`` checks and trains on exactly the rows given. With ``eval_dataset`` or ``questions`` the model is
     asked before and after; without, the report says that it was not.
 
     Args:
         model: a transformers model, trained in place, or a name as :func:`load_model_and_tokenizer` takes it.
-        args: settings; default :class:`SFTConfig`.
+        args: settings; default: the method's.
         train_dataset: ``datasets.Dataset``, list of rows or DataFrame, in any format postgrad reads.
         eval_dataset: held-out rows, likewise.
         processing_class: the tokenizer; default: the model's.
         peft_config: a ``peft.LoraConfig``: an adapter is trained instead of all weights. A PeftModel brings its own.
-        formatting_func: turns a row into one text, trained on whole.
         questions: asked before and after; default: ``args.questions``.
         unsupported: further TRL arguments raise, with what to use instead.
 
@@ -76,6 +80,10 @@ class SFTTrainer:
         ConfigError: for arguments that cannot be honoured.
         DataError: for rows that cannot be used.
     """
+
+    config: type[SFTConfig] = SFTConfig
+    reader: Reader[Any] = EXAMPLES
+    foreign: ClassVar[dict[str, str]] = trl_options.TRAINER_ARGUMENTS  # TRL's arguments, and what to use instead
 
     def __init__(
         self,
@@ -85,25 +93,25 @@ class SFTTrainer:
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
         questions: list[str] | None = None,
         **unsupported: Any,
     ) -> None:
+        own = type(self).__name__
         for name, value in unsupported.items():
-            if name not in trl_options.TRAINER_ARGUMENTS:
-                raise ConfigError(f"SFTTrainer has no argument '{name}'", "see docs/trl.md")
+            if name not in self.foreign:
+                raise ConfigError(f"{own} has no argument '{name}'", "see docs/trl.md")
             if value is not None and value != (None, None) and value != []:
-                raise ConfigError(f"SFTTrainer: {name} is not supported", trl_options.TRAINER_ARGUMENTS[name])
-        if args is not None and not isinstance(args, SFTConfig):
-            raise ConfigError(f"args is a {type(args).__name__}", "use postgrad.SFTConfig; the names are the same")
-        self.args = args or SFTConfig()
+                raise ConfigError(f"{own}: {name} is not supported", self.foreign[name])
+        if args is not None and (not isinstance(args, self.config) or args.method != self.config.method):
+            wanted = self.config.__name__
+            raise ConfigError(f"args is a {type(args).__name__}", f"use postgrad.{wanted}; the names are the same")
+        self.args = args or self.config()
         if questions is not None:
             self.args = self.args.replace(questions=questions)
         self._loaded = self._load(model, processing_class, adapted=peft_config is not None)
         self._adapt(peft_config)
         self.model, self.processing_class = self._loaded.model, self._loaded.tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._formatting_func = formatting_func
         self.state = TrainerState()
         self.run: Run | None = None
 
@@ -120,7 +128,7 @@ class SFTTrainer:
             PostgradError: see :mod:`postgrad.errors`.
         """
         if self.train_dataset is None:
-            raise ConfigError("SFTTrainer has no train_dataset", "give train_dataset=…")
+            raise ConfigError(f"{type(self).__name__} has no train_dataset", "give train_dataset=…")
         wanted = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
         data = self._data()
         run, found = self._open_run(wanted)
@@ -157,20 +165,19 @@ class SFTTrainer:
         quiet = self.args.replace(eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=None)
         prepared, _ = examine_rows(quiet, self._loaded, data, renderer, None, self._display())
         packed = PackedModel(self.model, packed_model.choose(self.model))
-        totals = heldout_loss(packed, prepared.samples, self.args.token_budget or LEAST_TOKENS) or {}
-        loss, tokens = mean_loss(totals)
+        found = self._measure(packed, prepared)
         seconds = time.perf_counter() - started
-        found = {
-            "loss": loss,
-            "perplexity": float(torch.tensor(loss).exp()),
-            "tokens": float(tokens),
-            "runtime": seconds,
-            "samples_per_second": len(prepared.examples) / seconds,
-        }
+        found.update(runtime=seconds, samples_per_second=len(prepared.examples) / seconds)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics["epoch"] = self.state.epoch
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         return metrics
+
+    def _measure(self, packed: PackedModel, prepared: Prepared) -> dict[str, float]:
+        """Loss, perplexity and tokens of prepared rows."""
+        totals = heldout_loss(packed, prepared.samples, self.args.token_budget or LEAST_TOKENS) or {}
+        loss, tokens = mean_loss(totals)
+        return {"loss": loss, "perplexity": float(torch.tensor(loss).exp()), "tokens": float(tokens)}
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Save model and tokenizer for plain transformers.
@@ -235,11 +242,9 @@ class SFTTrainer:
         adapters.attach(loaded.model, peft_config, loaded.origin, self.args.seed)
 
     def _examples(self, dataset: Any, name: str) -> Any:
-        if self._formatting_func is not None:
-            text_field = self.args.dataset_text_field
-            dataset = [{text_field: self._formatting_func(row.values)} for row in from_dataset(dataset, name).rows]
         table = from_dataset(dataset, name)
-        return build_examples([table], text_field=self.args.dataset_text_field, seed=self.args.seed)
+        text_field = self.args.dataset_text_field
+        return build_examples([table], text_field=text_field, seed=self.args.seed, reader=self.reader)
 
     def _data(self) -> Data:
         train = self._examples(self.train_dataset, "train_dataset")
@@ -301,6 +306,71 @@ class SFTTrainer:
         self.state.log_history.append({**metrics, "step": state.step})
         self._display().note(f"report: {outcome.report}")
         return TrainOutput(state.step, loss, metrics)
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning; see :class:`Trainer`.
+
+    Args:
+        formatting_func: turns a row into one text, trained on whole.
+        arguments: of :class:`Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._formatting_func = formatting_func
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, **arguments)
+
+    def _examples(self, dataset: Any, name: str) -> Any:
+        if self._formatting_func is not None:
+            text_field = self.args.dataset_text_field
+            dataset = [{text_field: self._formatting_func(row.values)} for row in from_dataset(dataset, name).rows]
+        return super()._examples(dataset, name)
+
+
+class DPOTrainer(Trainer):
+    """Preference training (DPO) on rows of prompt, chosen and rejected; see :class:`Trainer`.
+
+    The reference is the model as it comes: one that was just fine-tuned in this process is its own reference.
+
+    Args:
+        ref_model: leave out; a reference other than the starting model is refused.
+        arguments: of :class:`Trainer`.
+    """
+
+    config = DPOConfig
+    reader = PAIRS
+    foreign: ClassVar[dict[str, str]] = {
+        **trl_options.TRAINER_ARGUMENTS,
+        "formatting_func": "give rows of prompt, chosen and rejected",
+    }
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **arguments: Any,
+    ) -> None:
+        if ref_model is not None and ref_model is not model and ref_model != model:
+            raise ConfigError(
+                "DPOTrainer: a ref_model of its own is not supported",
+                "leave it out: the reference is the starting model, computed once before training",
+            )
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, **arguments)
 
 
 def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -254,12 +254,15 @@ TRAINER_ARGUMENTS: dict[str, str] = {
 }
 
 
-def translate(values: dict[str, Any], known: set[str]) -> tuple[dict[str, Any], list[str]]:
+def translate(
+    values: dict[str, Any], known: set[str], foreign: dict[str, Option] | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Bring options given in TRL's words into postgrad's.
 
     Args:
         values: options as given.
         known: names of the configuration's own fields; these pass through, as do names nobody knows.
+        foreign: further options that TRL has for this method.
 
     Returns:
         The options left for the configuration, and notes on those that were renamed or have no effect.
@@ -272,7 +275,8 @@ def translate(values: dict[str, Any], known: set[str]) -> tuple[dict[str, Any], 
     effectless: dict[str, list[str]] = {}
     for name, value in values.items():
         value = _plain(name, value)
-        option = None if name in known else OPTIONS.get(name) or COMMAND_LINE_OPTIONS.get(name)
+        others = {**OPTIONS, **COMMAND_LINE_OPTIONS, **(foreign or {})}
+        option = None if name in known else others.get(name)
         if option is not None:
             effectless.setdefault(_reason(name, value, option), []).append(name)
         elif SYNONYMS.get(name) in known and name not in known:

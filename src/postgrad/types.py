@@ -243,6 +243,7 @@ class StepResult:
         tokens: tokens read in the step.
         trained_tokens: of those, the ones that count as targets.
         seconds: wall-clock time of the step.
+        measured: what the method measured besides.
     """
 
     step: int
@@ -253,3 +254,4 @@ class StepResult:
     tokens: int
     trained_tokens: int
     seconds: float
+    measured: dict[str, float] = field(default_factory=dict)

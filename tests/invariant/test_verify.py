@@ -177,7 +177,7 @@ def test_a_refused_resume(verify: Callable[..., Result], monkeypatch: pytest.Mon
 
 def test_a_device_that_does_not_repeat_itself(verify: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU's atomic additions: each pass adds a rounding error of its own. It is told, not hidden."""
-    original, noise = loop.sft.gradient, random.Random()
+    original, noise = Method.gradient, random.Random()
 
     def gradient(packed: Any, batch: Any, scale: float) -> Any:
         found = original(packed, batch, scale)
@@ -185,7 +185,7 @@ def test_a_device_that_does_not_repeat_itself(verify: Callable[..., Result], mon
             parameter.grad.mul_(1 + noise.random() * 1e-3)
         return found
 
-    monkeypatch.setattr(loop.sft, "gradient", gradient)
+    monkeypatch.setattr(Method, "gradient", gradient)
     found = failing(verify("--json"))
     assert found["repeated"] is not None and "does not compute the same bits twice" in found["text"]
 

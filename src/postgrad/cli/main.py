@@ -19,6 +19,7 @@ from postgrad.cli.options import (
     DATA,
     ITEMS,
     JSON,
+    METHOD,
     MODEL,
     OUT,
     emit,
@@ -27,7 +28,7 @@ from postgrad.cli.options import (
     run_config,
     settings,
 )  # fmt: skip
-from postgrad.errors import PostgradError
+from postgrad.errors import ConfigError, PostgradError
 from postgrad.redaction import redact
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ app.command("verify-resume")(verify.verify_resume)
 app.command("serve")(serve.serve)
 app.command("verify-serve")(serve.verify_serve)
 
-DEMO: dict[str, Any] = {
+SFT_DEMO: dict[str, Any] = {
     "run_name": "demo",
     "model_name_or_path": "smollm2-demo",
     "dataset_name": "demo",
@@ -77,6 +78,19 @@ DEMO: dict[str, Any] = {
     "questions": "tutorial",
     "max_new_tokens": 96,
 }
+DPO_DEMO: dict[str, Any] = {
+    "run_name": "demo-dpo",
+    "model_name_or_path": "smollm2-demo",
+    "dataset_name": "demo:identity",
+    "eval_dataset_name": "demo:identity_heldout",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-5,
+    "logging_steps": 2,
+    "save_strategy": "no",
+    "max_new_tokens": 48,
+}
+DEMOS = {"sft": SFT_DEMO, "dpo": DPO_DEMO}
 
 
 def _version(wanted: bool) -> None:
@@ -97,16 +111,19 @@ def root(
 
 
 @app.command()
-def demo(items: ITEMS = None, output_dir: OUT = None, as_json: JSON = False) -> None:
-    """Fine-tune the embedded 135M model on 100 rows, on this machine, and see the difference.
+def demo(items: ITEMS = None, output_dir: OUT = None, method: METHOD = "sft", as_json: JSON = False) -> None:
+    """Train the embedded 135M model on this machine, and see the difference: on 100 chats, or by another method.
 
     \b
       postgrad demo
       postgrad demo num_train_epochs=3 -o runs/longer
+      postgrad demo --method dpo      the model learns a new name from 100 pairs
     """
     from postgrad.config_file import load_config
 
-    _sft(load_config(None, {**DEMO, **settings(items, None, None, output_dir)}), as_json)
+    if method not in DEMOS:
+        raise ConfigError(f"there is no demo of '{method}'", f"there are {', '.join(DEMOS)}")
+    _start(load_config(None, {**DEMOS[method], **settings(items, None, None, output_dir)}, method), as_json)
 
 
 @app.command()
@@ -127,7 +144,28 @@ def sft(
 
     A word with '=' is an option, a word without is the config file. All options: docs/config.md.
     """
-    _sft(run_config(config, items, model, dataset, output_dir), as_json)
+    _start(run_config(config, items, model, dataset, output_dir), as_json)
+
+
+@app.command()
+def dpo(
+    config: CONFIG = None,
+    items: ITEMS = None,
+    model: MODEL = None,
+    dataset: DATA = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """Preference training (DPO) on rows of prompt, chosen and rejected, with evidence.
+
+    \b
+      postgrad dpo -m runs/sft -d pairs.jsonl
+      postgrad dpo -m smollm2-demo -d pairs.jsonl beta=0.2 loss_type='[sigmoid, sft]'
+      postgrad demo --method dpo
+
+    The reference is the model that the run starts from. All options: docs/config.md.
+    """
+    _start(run_config(config, items, model, dataset, output_dir, "dpo"), as_json)
 
 
 @app.command()
@@ -137,9 +175,10 @@ def check(
     model: MODEL = None,
     dataset: DATA = None,
     output_dir: OUT = None,
+    method: METHOD = "sft",
     as_json: JSON = False,
 ) -> None:
-    """All that is proved before a run, without the run: takes what 'sft' takes, trains nothing.
+    """All that is proved before a run, without the run: takes what 'sft' (or another method) takes, trains nothing.
 
     Exit code 3 where 'sft' would refuse, 4 where a loss is no number. The verdict is also in checks.json and
     report.html of runs/NAME-check.
@@ -152,7 +191,7 @@ def check(
 
     from postgrad import pipeline
 
-    checked = run_config(config, items, model, dataset, output_dir)
+    checked = run_config(config, items, model, dataset, output_dir, method)
     found = pipeline.check(checked, _display(checked, as_json))
     if as_json:
         emit({"ok": found.refusal is None, "run": str(found.run.path), "report": str(found.report), **found.content})
@@ -180,10 +219,10 @@ def resume(
     _finish(pipeline.resume(run, overrides, make_display(as_json)), as_json)
 
 
-def _sft(config: RunConfig, as_json: bool) -> None:
+def _start(config: RunConfig, as_json: bool) -> None:
     from postgrad import pipeline
 
-    _finish(pipeline.sft(config, _display(config, as_json)), as_json)
+    _finish(pipeline.start(config, _display(config, as_json)), as_json)
 
 
 def _display(config: RunConfig, as_json: bool) -> Display:

@@ -36,6 +36,7 @@ ITEMS = Annotated[
     Optional[list[str]],
     typer.Argument(metavar="name=value", help="Options, as in docs/config.md.", show_default=False),
 ]
+METHOD = Annotated[str, typer.Option("--method", help="sft, dpo or grpo.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, the rest on stderr.")]
 
 
@@ -61,12 +62,14 @@ def run_config(
     model: str | None,
     dataset: list[str] | None,
     output_dir: str | None,
+    method: str = "sft",
 ) -> RunConfig:
-    """The configuration of a command that takes what ``sft`` takes.
+    """The configuration of a command that takes what ``sft`` (``dpo``, ``grpo``) takes.
 
     Args:
         config, items: words without and with ``=``, in any order: one file of options, and options.
         model, dataset, output_dir: the short options.
+        method: ``sft``, ``dpo`` or ``grpo``.
 
     Raises:
         ConfigError: for several files, or settings that cannot be.
@@ -78,7 +81,7 @@ def run_config(
     if len(files) > 1:
         raise ConfigError(f"one config file, not {len(files)}: {' '.join(files)}", "options are written name=value")
     given = settings([word for word in words if "=" in word], model, dataset, output_dir)
-    made = load_config(files[0] if files else None, given)
+    made = load_config(files[0] if files else None, given, method)
     if made.resume_from_checkpoint:
         raise ConfigError("resume_from_checkpoint is for the Python trainer", "here it is 'postgrad resume RUN'")
     return made

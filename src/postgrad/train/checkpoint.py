@@ -23,7 +23,7 @@ from postgrad.runs import clean
 from postgrad.train.optim import MasterOptimizer
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class LoopState:
         step: optimizer steps done.
         tokens: tokens read so far.
         loss_sum: sum of all steps' losses.
-        window: losses of the steps since the last log line.
+        window: loss, and what the method measured besides, of the steps since the last log line.
         recent_losses, recent_norms: of the last steps, by which :mod:`postgrad.train.spikes` judges the next.
         pending: the step's evaluation and saving are still to be done.
         best_metric, best_step: best evaluation so far and its step.
@@ -50,7 +50,7 @@ class LoopState:
     step: int = 0
     tokens: int = 0
     loss_sum: float = 0.0
-    window: list[float] = field(default_factory=list)
+    window: list[dict[str, float]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
     pending: bool = False

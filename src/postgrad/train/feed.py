@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from postgrad.data.pack import build_batch, fitting, needed, split_balanced
+from postgrad.methods.method import Method
 from postgrad.model.graphed import GraphedPasses, choose_sizes
 from postgrad.model.packed import PackedModel
 from postgrad.types import Batch, Sample
@@ -20,10 +21,11 @@ class Feed:
 
     Args:
         packed: the model they are for.
+        method: says which documents belong together.
     """
 
-    def __init__(self, packed: PackedModel) -> None:
-        self.packed = packed
+    def __init__(self, packed: PackedModel, method: Method) -> None:
+        self.packed, self.method = packed, method
         self.ready: tuple[tuple[int, int], list[Batch]] | None = None
 
     def capture(
@@ -58,9 +60,12 @@ class Feed:
         ready, self.ready = self.ready, None
         if ready is not None and ready[0] == (step, token_budget):
             return ready[1]
-        return list(self.packed.batches(samples, token_budget))
+        return self._cut(samples, token_budget)
+
+    def _cut(self, samples: Sequence[Sample], token_budget: int) -> list[Batch]:
+        return list(self.packed.batches(samples, token_budget, self.method.together, self.method.share))
 
     def prepare(self, step: int, samples: Sequence[Sample], token_budget: int) -> None:
         """Build a later step's batches while the device is busy; a CPU has no time to spare, and waits."""
         if self.packed.model.device.type != "cpu":
-            self.ready = ((step, token_budget), list(self.packed.batches(samples, token_budget)))
+            self.ready = ((step, token_budget), self._cut(samples, token_budget))

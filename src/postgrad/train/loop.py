@@ -21,7 +21,7 @@ from postgrad.config import SFTConfig
 from postgrad.display import Display
 from postgrad.errors import Interrupted, PostgradError, TrainingStopped
 from postgrad.evaluate import heldout_loss, mean_loss
-from postgrad.methods import sft
+from postgrad.methods.method import Method
 from postgrad.model.packed import PackedModel
 from postgrad.runs import Run
 from postgrad.tracking import Tracking
@@ -48,6 +48,7 @@ class Job:
         compute_dtype: dtype of the weights during forward and backward.
         identity: fingerprints stored in checkpoints and compared on resume.
         display: for people.
+        method: makes the loss.
         tracking: where metrics are reported as well.
     """
 
@@ -59,13 +60,14 @@ class Job:
     compute_dtype: torch.dtype
     identity: dict[str, Any]
     display: Display
+    method: Method = field(default_factory=Method)
     tracking: Tracking = field(default_factory=Tracking)
     by_example: list[list[Sample]] = field(init=False)
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         self.by_example = by_example(self.samples)
-        self.feed = Feed(self.packed)
+        self.feed = Feed(self.packed, self.method)
 
     def steps(self, order: DataOrder) -> Iterator[list[Sample]]:
         """The Samples of every step of the run."""
@@ -172,9 +174,11 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
     loss_ = torch.stack([loss for loss, _, _ in passes]).to(torch.float64).sum()
     norm_ = torch.where(torch.isfinite(loss_), optimizer.grad_norm(), torch.nan)
     optimizer.update(rate, _within(guard.limits, loss_, norm_))
-    if state.step + 1 < order.total_steps:
+    if state.step + 1 < order.total_steps and job.method.known_ahead:
         job.feed.prepare(state.step + 1, job.samples_of(order, state.step + 1), state.token_budget)
-    loss, norm = torch.stack([loss_, norm_.to(torch.float64)]).tolist()  # the only wait for the device in a step
+    measured = job.method.measured()
+    numbers = [number.detach().to(loss_) for number in (norm_, *measured.values())]
+    loss, norm, *others = torch.stack([loss_, *numbers]).tolist()  # the only wait for the device in a step
     require_finite(job, samples, passes, loss, norm, state.step + 1)
     found = guard.judge(loss, norm)
     if found:
@@ -192,6 +196,7 @@ def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Dat
         tokens=sum(len(sample) for sample in samples),
         trained_tokens=sum(sample.trained for sample in samples),
         seconds=time.perf_counter() - started,
+        measured=dict(zip(measured, others, strict=True)),
     )
 
 
@@ -233,13 +238,13 @@ def _shrink_budget(job: Job, state: LoopState, longest: int) -> None:
 
 def _gradient(job: Job, step: int, samples: list[Sample], optimizer: MasterOptimizer, token_budget: int) -> Passes:
     """Accumulate the gradient of the step's loss; returns each pass's loss, batch and token losses."""
-    scale = 1.0 / sft.denominator(samples)
-    batches = job.feed.take(step, samples, token_budget)
-    passes = []
-    for number, batch in enumerate(batches, 1):
-        loss, nll_N = sft.gradient(job.packed, batch, scale)
-        optimizer.accumulate(more=number < len(batches))
-        passes.append((loss, batch, nll_N))
+    job.method.begin(samples)
+    scale = 1.0 / job.method.denominator(samples)
+    units = job.method.units(job.packed, job.feed.take(step, samples, token_budget))
+    passes: Passes = []
+    for number, unit in enumerate(units, 1):
+        passes += job.method.gradient(job.packed, unit, samples, scale)
+        optimizer.accumulate(more=number < len(units))
     return passes
 
 
@@ -288,7 +293,7 @@ def _record(job: Job, state: LoopState, result: StepResult, total_steps: int) ->
     state.step = result.step
     state.tokens += result.tokens
     state.loss_sum += result.loss
-    state.window.append(result.loss)
+    state.window.append({"loss": result.loss, **result.measured})
     job.display.step(result)
     first = config.logging_first_step and result.step == 1
     if result.step % config.logging_steps and not first and result.step != total_steps:
@@ -296,7 +301,7 @@ def _record(job: Job, state: LoopState, result: StepResult, total_steps: int) ->
     row = {
         "step": result.step,
         "epoch": round(result.epoch, 6),
-        "loss": sum(state.window) / len(state.window),
+        **{name: sum(one[name] for one in state.window) / len(state.window) for name in state.window[0]},
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "num_tokens": state.tokens,
@@ -338,13 +343,17 @@ def _due(strategy: str, steps: int, step: int, order: DataOrder, *, last: bool) 
 
 
 def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -> bool:
-    """Measure the held-out loss and keep account of the best; False when a stop request came in between."""
-    totals = heldout_loss(job.packed, job.eval_samples, state.token_budget, stop.requested)
-    if totals is None:
+    """Measure held-out rows and keep account of the best; False when a stop request came in between."""
+    found = job.method.evaluate(job.packed, job.eval_samples, state.token_budget, stop.requested)
+    if found == {}:
+        totals = heldout_loss(job.packed, job.eval_samples, state.token_budget, stop.requested)
+        found = None if totals is None else dict(zip(("loss", "tokens"), mean_loss(totals), strict=True))
+    if found is None:
         return False
-    loss, tokens = mean_loss(totals)
-    row = {"step": state.step, "epoch": round(order.epoch(state.step), 6), "eval_loss": loss, "eval_tokens": tokens}
-    _log(job, state, {**row, "time": time.time()})
+    row = {"step": state.step, "epoch": round(order.epoch(state.step), 6)}
+    measured = {f"eval_{name}": value for name, value in found.items()}
+    _log(job, state, {**row, **measured, "time": time.time()})
+    loss = found["loss"]
     if state.step == 0:
         return True  # the starting model is no checkpoint to come back to
     gain = _gain(loss, state.best_metric, job.config)

@@ -33,10 +33,10 @@ class DataOrder:
     """
 
     def __init__(self, examples: int, config: SFTConfig) -> None:
-        batch = config.per_device_train_batch_size
+        batch = config.examples_per_batch
         self.usable = examples // batch * batch if config.dataloader_drop_last else examples
         self.examples, self.config = examples, config
-        self.steps_per_epoch = math.ceil(self.usable / config.examples_per_step)
+        self.steps_per_epoch = math.ceil(self.usable / config.examples_per_step) * config.updates_per_batch
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"dataloader_drop_last leaves none of the {examples} examples (batch size {batch})",
@@ -48,15 +48,16 @@ class DataOrder:
     def step(self, step: int) -> list[int]:
         """Indices of the examples of one optimizer step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        size = self.config.examples_per_step
+        size, within = self.config.examples_per_step, within // self.config.updates_per_batch
         order = _epoch_order(self.examples, self._seed(), epoch, self.config.train_sampling_strategy)
         return order[: self.usable][within * size : (within + 1) * size].tolist()
 
     def epoch(self, steps: int) -> float:
         """Epochs done after so many steps, counted in batches of one device, as transformers does."""
-        batches = math.ceil(self.usable / self.config.per_device_train_batch_size)
+        batches = math.ceil(self.usable / self.config.examples_per_batch)
         whole, within = divmod(steps, self.steps_per_epoch)
-        return whole + min(within * self.config.gradient_accumulation_steps, batches) / batches
+        a_step = self.config.examples_per_step // self.config.examples_per_batch / self.config.updates_per_batch
+        return whole + min(within * a_step, batches) / batches
 
     def _seed(self) -> int:
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
