@@ -6,11 +6,10 @@ give what each gives alone, they go one by one; if our head does not give the mo
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 
 from postgrad.data.pack import build_batch, pack
 from postgrad.data.tiles import tile_rows
-from postgrad.kernels import attention as attention_kernel
 from postgrad.kernels import has_triton
-from postgrad.kernels.linear_ce import linear_cross_entropy
+from postgrad.kernels.linear_ce import linear_cross_entropy, token_logprobs, token_logprobs_and_entropies
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
+from postgrad.model.switches import packed_attention, recomputing, weights_in
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -120,22 +119,54 @@ class PackedModel:
         """
         weights_N = batch.weights_N * scale
         if self.choices.head == "model":
-            logits_NV = (
-                self.model(**self._inputs(batch), logits_to_keep=batch.trained_N, use_cache=False).logits[0].float()
-            )
-            nll_N = F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
+            nll_N = F.cross_entropy(self._logits(batch), batch.targets_N, reduction="none")
             return (nll_N * weights_N).sum(), nll_N.detach()
-        hidden_ND = self.hidden(batch).index_select(0, batch.trained_N)
-        head = self.model.get_output_embeddings()
-        return linear_cross_entropy(
-            hidden_ND,
-            head.weight,
-            batch.targets_N,
-            weights_N,
-            scale=self.choices.scale,
-            softcap=self.choices.softcap,
-            bias_V=getattr(head, "bias", None),
-        )
+        rows_ND, weight_VD, head = self._head(batch)
+        return linear_cross_entropy(rows_ND, weight_VD, batch.targets_N, weights_N, **head)
+
+    @overload
+    def logprobs(self, batch: Batch, temperature: float = 1.0, entropies: Literal[False] = False) -> torch.Tensor: ...
+
+    @overload
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, *, entropies: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, entropies: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """log p of each trained token, for any loss that is a function of them; call inside :meth:`attention`.
+
+        Args:
+            batch: documents; without packing, one.
+            temperature: divides the logits, as in sampling.
+            entropies: give the entropy of the distribution that each token was taken from, too.
+
+        Returns:
+            Differentiable, float32, shape (N,); with ``entropies`` also those, in nats, detached, of the same shape.
+        """
+        if self.choices.head == "model":
+            logps_NV = torch.log_softmax(self._logits(batch) / temperature, -1)
+            logps_N = logps_NV.gather(1, batch.targets_N[:, None])[:, 0]
+            return (logps_N, torch.special.entr(logps_NV.detach().exp()).sum(-1)) if entropies else logps_N
+        rows_ND, weight_VD, head = self._head(batch)
+        function = token_logprobs_and_entropies if entropies else token_logprobs
+        return function(rows_ND, weight_VD, batch.targets_N, temperature=temperature, **head)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """The model's own logits of the trained rows, float32, shape (N, V)."""
+        found = self.model(**self._inputs(batch), logits_to_keep=batch.trained_N, use_cache=False)
+        return found.logits[0].float()
+
+    def _head(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Trained rows, shape (N, D); output embedding, shape (V, D); and how it gives logits."""
+        head, hidden_TD = self.model.get_output_embeddings(), self.hidden(batch)
+        options = {
+            "scale": self.choices.scale,
+            "softcap": self.choices.softcap,
+            "bias_V": getattr(head, "bias", None),
+        }
+        return hidden_TD.index_select(0, batch.trained_N), head.weight, options
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states, shape (T, D); call inside :meth:`attention`."""
@@ -144,42 +175,6 @@ class PackedModel:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return _inputs(batch, self.choices.packing)
-
-
-@contextmanager
-def packed_attention(model: PreTrainedModel, packing: bool = True) -> Iterator[None]:
-    """Swap the model's attention for the packed one inside the block."""
-    if not packing:
-        yield
-        return
-    native = model.config._attn_implementation
-    model.set_attn_implementation(attention_kernel.register())
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(native)
-
-
-@contextmanager
-def recomputing(model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, where that is asked for."""
-    if not on:
-        yield
-        return
-    _switch_recomputing(model, True)
-    try:
-        yield
-    finally:
-        _switch_recomputing(model, False)
-
-
-def _switch_recomputing(model: PreTrainedModel, on: bool) -> None:
-    with warnings.catch_warnings():  # newer versions of transformers warn of a new name that older ones do not have
-        warnings.simplefilter("ignore", FutureWarning)
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
 
 
 def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
@@ -196,23 +191,6 @@ def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> 
             return _probe(model)
     finally:
         model.train(training)
-
-
-@contextmanager
-def weights_in(
-    model: torch.nn.Module, dtype: torch.dtype, parameters: Iterable[torch.nn.Parameter] | None = None
-) -> Iterator[None]:
-    """Give the parameters, or some of them, another dtype inside the block, and their own values back after it."""
-    chosen = list(model.parameters() if parameters is None else parameters)
-    kept = [parameter.data for parameter in chosen]
-    try:
-        for parameter in chosen:
-            if parameter.is_floating_point():  # not the codes of quantised weights
-                parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in zip(chosen, kept, strict=True):
-            parameter.data = data
 
 
 def _probe(model: PreTrainedModel) -> Choices:
