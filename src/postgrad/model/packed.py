@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from postgrad.data.pack import build_batch, pack
+from postgrad.data.shared import by_neighbours, pack_groups
 from postgrad.data.tiles import tile_rows
 from postgrad.kernels import has_triton
 from postgrad.kernels.linear_ce import linear_cross_entropy, token_logprobs, token_logprobs_and_entropies
@@ -42,6 +43,8 @@ class Choices:
         compiled: the layers are compiled in training.
         graphed: passes are replayed as CUDA graphs in training.
         recomputed: activations are computed again in the backward pass instead of kept.
+        sharing: a prompt that several documents begin with can be computed once; see
+            :func:`postgrad.model.sharing.with_sharing`.
         reason: why not the fast way, for people; empty otherwise.
     """
 
@@ -53,6 +56,7 @@ class Choices:
     compiled: bool = False
     graphed: bool = False
     recomputed: bool = False
+    sharing: bool = False
     reason: str = ""
 
 
@@ -82,16 +86,29 @@ class PackedModel:
         ):
             yield
 
-    def batches(self, samples: Sequence[Sample], token_budget: int) -> Iterator[Batch]:
-        """Cut samples into batches as this model takes them; see :func:`postgrad.data.pack.pack`."""
-        return pack(
-            samples,
-            token_budget,
-            packing=self.choices.packing,
-            device=self.model.device,
-            tile_rows=self.tile_rows,
-            sizes=list(self.graphs.graphs) if self.graphs else (),
-        )
+    def batches(
+        self, samples: Sequence[Sample], token_budget: int, together: bool = False, share: bool = False
+    ) -> Iterator[Batch]:
+        """Cut samples into batches as this model takes them.
+
+        Args:
+            samples: documents.
+            token_budget: most tokens of one batch.
+            together: consecutive samples of one example stay in one batch, even where they are larger than the budget.
+                Without packing every document is alone all the same.
+            share: the common beginning of consecutive samples of one example is computed once, where the model can
+                (``choices.sharing``) and it pays. Without ``together`` an example larger than the budget is divided.
+        """
+        options: dict[str, Any] = {
+            "packing": self.choices.packing,
+            "device": self.model.device,
+            "tile_rows": self.tile_rows,
+            "sizes": list(self.graphs.graphs) if self.graphs else (),
+        }
+        if not together and not share:
+            return pack(samples, token_budget, **options)
+        share = share and self.choices.sharing
+        return pack_groups(samples, by_neighbours(samples), token_budget, share=share, cut=not together, **options)
 
     @property
     def tile_rows(self) -> int | None:
@@ -166,7 +183,9 @@ class PackedModel:
             "softcap": self.choices.softcap,
             "bias_V": getattr(head, "bias", None),
         }
-        return hidden_TD.index_select(0, batch.trained_N), head.weight, options
+        if batch.shared is None:
+            return hidden_TD.index_select(0, batch.trained_N), head.weight, options
+        return hidden_TD[batch.trained_N], head.weight, options  # rows repeat; this adds their gradients in order
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states, shape (T, D); call inside :meth:`attention`."""
@@ -174,7 +193,7 @@ class PackedModel:
         return decoder(**self._inputs(batch), use_cache=False).last_hidden_state[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return _inputs(batch, self.choices.packing)
+        return model_inputs(batch, self.choices.packing)
 
 
 def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
@@ -209,7 +228,7 @@ def _probe(model: PreTrainedModel) -> Choices:
     for tiles in (True, False) if has_triton(device) and model.dtype != torch.float64 else (False,):
         try:
             together = _packed_logits(model, documents, tiles)
-            if _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
+            if same_logits(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
                 return replace(chosen, tiles=tiles)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = f"documents go one by one: {error}"
@@ -231,7 +250,7 @@ def _probe_head(model: PreTrainedModel, ids_T: torch.Tensor, expected_TV: torch.
         logits_TV = head(hidden_TD).float() * scale
         if softcap is not None:
             logits_TV = softcap * torch.tanh(logits_TV / softcap)
-        if _close(logits_TV, expected_TV, model.dtype):
+        if same_logits(logits_TV, expected_TV, model.dtype):
             return "fused", scale, softcap, ""
     except (AttributeError, TypeError, RuntimeError):
         pass
@@ -246,7 +265,7 @@ def _packed_logits(model: PreTrainedModel, documents: list[torch.Tensor], tiles:
         tile_rows(head_size(model)) if tiles else None,
     )
     with packed_attention(model):
-        return model(**_inputs(batch, True), use_cache=False).logits[0].float()
+        return model(**model_inputs(batch, True), use_cache=False).logits[0].float()
 
 
 def probe_samples(documents: Sequence[torch.Tensor]) -> list[Sample]:
@@ -257,6 +276,16 @@ def probe_samples(documents: Sequence[torch.Tensor]) -> list[Sample]:
     ]
 
 
+def probe_answers(vocabulary: int) -> list[Sample]:
+    """Three answers to one random prompt, and a document that shares nothing."""
+    generator = torch.Generator().manual_seed(2)
+    prompt, *answers, other = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (16, 5, 9, 3, 7))
+    made = probe_samples([torch.cat([prompt, answer]) for answer in answers])
+    for sample in made:
+        sample.weights_T[: len(prompt)] = 0
+    return [replace(sample, example=0) for sample in made] + probe_samples([other])
+
+
 def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV: torch.Tensor, tiles: bool) -> bool:
     """Whether the second document's logits stay when the first changes: exact, where rounding would hide a leak."""
     start = len(documents[0])
@@ -264,11 +293,17 @@ def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV
     return bool((again_TV[start:] - together_TV[start:]).norm() <= 1e-5 * together_TV[start:].norm())
 
 
-def _inputs(batch: Batch, packing: bool) -> dict[str, Any]:
+def model_inputs(batch: Batch, packing: bool) -> dict[str, Any]:
+    """What a transformers model is called with to read a batch."""
     inputs: dict[str, Any] = {"input_ids": batch.ids_T[None], "position_ids": batch.positions_T[None]}
     if packing:
         starts, longest = batch.cu_seqlens, max(batch.lengths)
         inputs.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
+    shared = batch.shared
+    if packing and shared is not None:
+        inputs.update(cu_seq_lens_q=shared.cu_seqlens_q, cu_seq_lens_k=shared.cu_seqlens_k)
+        inputs.update(max_length_q=shared.max_length_q, max_length_k=shared.max_length_k)
+        inputs["attention_shared"] = (shared.kv_index_K, shared.own_T, shared.prompt_P, shared.again_PM)
     if packing and batch.tiles is not None:
         inputs["attention_tiles"] = batch.tiles
     return inputs
@@ -280,7 +315,7 @@ def head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+def same_logits(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two computations of the same logits differ by no more than rounding in ``dtype``."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.08
     return bool((a - b).norm() <= tolerance * b.norm())
@@ -315,7 +350,7 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     finally:
         model.train(training)
         model.zero_grad()
-    if not _close(found, expected, dtype):
+    if not same_logits(found, expected, dtype):
         return packed, "not compiled: the compiled layers give other gradients"
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
@@ -330,8 +365,12 @@ def probe_batch(packed: PackedModel) -> Batch:
 def _probe_gradient(packed: PackedModel) -> torch.Tensor:
     """Loss and gradients of some weights on a small batch, in one vector."""
     packed.model.zero_grad()
+    batches = [probe_batch(packed)]
+    if packed.choices.sharing:
+        answers = probe_answers(embedding_rows(packed.model))
+        batches += packed.batches(answers, sum(len(sample) for sample in answers), share=True)
     with packed.attention(training=True):
-        loss, _ = packed.loss(probe_batch(packed), 0.01)
+        loss = torch.stack([packed.loss(batch, 0.01)[0] for batch in batches]).sum()
         loss.backward()
     gradients = [p.grad for layer in decoder_layers(packed.model) for p in layer.parameters() if p.grad is not None]
     some = [gradient.flatten()[:1000].float() for gradient in gradients]
