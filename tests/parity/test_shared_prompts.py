@@ -367,6 +367,7 @@ def test_any_groups_and_any_budget(windowed: PackedModel, structure: list[tuple[
     assert_same((torch.cat([parts[index] for index in range(len(samples))]), total), (expected, gradients), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 def test_compiled_and_recomputed_layers_take_shared_prompts() -> None:
     model = make("qwen3").train()

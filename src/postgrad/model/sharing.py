@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from postgrad.data.shared import build_shared_batch
-from postgrad.kernels import has_triton
 from postgrad.model.packed import Choices, embedding_rows, model_inputs, probe_answers, same_logits
 from postgrad.model.switches import packed_attention, weights_in
 from postgrad.types import Batch, Sample
@@ -50,10 +49,10 @@ def _problem(model: PreTrainedModel, choices: Choices, dtype: torch.dtype) -> st
     """Why prompts cannot be shared; empty where they can."""
     if not choices.packing:
         return "the model reads documents one by one"
-    config = model.config.get_text_config()
-    if has_triton(model.device) and (dtype == torch.float32 or getattr(config, "attn_logit_softcapping", None)):
-        # torch's kernel takes neither; our own, which takes both, has no shared prompts
-        return "no fast attention on this GPU takes float32 or capped scores over them"
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if model.device.type == "cuda" and (capped or dtype not in (torch.bfloat16, torch.float16)):
+        # Without torch's kernel attention would go segment by segment and wait for the GPU before each.
+        return "torch's attention over segments takes bf16 and fp16 only, and no capped scores"
     samples = probe_answers(embedding_rows(model))
     alone = [
         model(input_ids=torch.from_numpy(sample.ids_T)[None].to(model.device), use_cache=False).logits[0, start:-1]
