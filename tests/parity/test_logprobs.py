@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 from postgrad.data.pack import build_batch
+from postgrad.errors import ConfigError
 from postgrad.kernels import linear_ce
 from postgrad.kernels.linear_ce import token_logprobs, token_logprobs_and_entropies
 from postgrad.model.packed import PackedModel, choose
@@ -172,3 +173,11 @@ def test_the_loss_is_minus_the_weighted_sum() -> None:
         logprobs = packed.logprobs(batch)
     torch.testing.assert_close(-logprobs, nll, rtol=1e-6, atol=1e-6)
     assert -(logprobs * batch.weights_N * 0.1).sum().item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_gives_no_distribution_is_refused(temperature: float) -> None:
+    model = tiny.model("llama")
+    packed = PackedModel(model, choose(model))
+    with packed.attention(), pytest.raises(ConfigError, match="temperature is"):
+        packed.logprobs(build_batch(documents(), range(3)), temperature)

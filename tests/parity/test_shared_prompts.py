@@ -123,6 +123,7 @@ def tokens_seen(batch: Batch) -> list[list[int]]:
     return seen
 
 
+@settings(deadline=None)
 @given(GROUPS)
 def test_every_trained_token_sees_its_document_up_to_it(structure: list[tuple[int, list[int]]]) -> None:
     samples = documents_of(structure)
@@ -142,6 +143,7 @@ def test_every_trained_token_sees_its_document_up_to_it(structure: list[tuple[in
     assert position == len(batch.trained_N) == len(batch.targets_N)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(1, 120), st.booleans(), st.booleans())
 def test_groups_are_whole_and_nothing_is_lost(
     structure: list[tuple[int, list[int]]], budget: int, share: bool, cut: bool
@@ -365,6 +367,39 @@ def test_any_groups_and_any_budget(windowed: PackedModel, structure: list[tuple[
         parts |= {index: logprobs[batch.document_N == place] for place, index in enumerate(batch.sample_ids)}
         total = [one + other for one, other in zip(total, found, strict=True)]
     assert_same((torch.cat([parts[index] for index in range(len(samples))]), total), (expected, gradients), 1e-6)
+
+
+def test_batches_keep_together_share_and_divide_as_asked() -> None:
+    model = tiny.model("llama")
+    able = PackedModel(model, with_sharing(model, choose(model)))
+    unable = PackedModel(model, replace(able.choices, sharing=False))
+    samples = answers(np.random.default_rng(0), 20, [5] * 6)
+
+    def tokens(packed: PackedModel, **options: bool) -> list[int]:
+        return [len(batch.ids_T) for batch in packed.batches(samples, 60, **options)]
+
+    assert tokens(able) == tokens(unable) == tokens(unable, share=True) == [50, 50, 50]
+    assert tokens(able, together=True) == tokens(unable, together=True, share=True) == [150]
+    assert tokens(able, together=True, share=True) == tokens(able, share=True) == [50]
+
+
+def test_with_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("qwen3"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = model.get_base_model()
+    packed = PackedModel(model, with_sharing(model, choose(model)))
+    assert packed.choices.sharing
+    samples = documents(5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    for share in (True, False):
+        (batch,) = packed.batches(samples, 1000, together=True, share=share)
+        assert (batch.shared is not None) == share
+        with packed.attention():
+            loss, _ = packed.loss(batch, 0.01)
+        results.append((loss.detach(), torch.autograd.grad(loss, trained)))
+    assert_same(*results, 1e-5)
 
 
 @pytest.mark.slow

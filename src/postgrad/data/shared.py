@@ -223,6 +223,8 @@ def _plain_size(members: Sequence[Sample]) -> int:
 def _parts(samples: Sequence[Sample], group: Sequence[int], token_budget: int, share: bool) -> list[list[int]]:
     """The group, or where it is larger than the budget as few parts of it, in order, as fit."""
     measure = shared_size if share else _plain_size
+    if measure([samples[index] for index in group]) <= token_budget:
+        return [list(group)]
     parts: list[list[int]] = []
     for index in group:
         if parts and measure([samples[member] for member in [*parts[-1], index]]) <= token_budget:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from postgrad.data.pack import build_batch, pack
 from postgrad.data.shared import by_neighbours, pack_groups
 from postgrad.data.tiles import tile_rows
+from postgrad.errors import ConfigError
 from postgrad.kernels import has_triton
 from postgrad.kernels.linear_ce import linear_cross_entropy, token_logprobs, token_logprobs_and_entropies
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
@@ -105,9 +106,9 @@ class PackedModel:
             "tile_rows": self.tile_rows,
             "sizes": list(self.graphs.graphs) if self.graphs else (),
         }
+        share = share and self.choices.sharing
         if not together and not share:
             return pack(samples, token_budget, **options)
-        share = share and self.choices.sharing
         return pack_groups(samples, by_neighbours(samples), token_budget, share=share, cut=not together, **options)
 
     @property
@@ -161,7 +162,12 @@ class PackedModel:
 
         Returns:
             Differentiable, float32, shape (N,); with ``entropies`` also those, in nats, detached, of the same shape.
+
+        Raises:
+            ConfigError: the temperature is not above 0.
         """
+        if not temperature > 0:
+            raise ConfigError(f"temperature is {temperature}", "set it above 0: log p is of a distribution")
         if self.choices.head == "model":
             logps_NV = torch.log_softmax(self._logits(batch) / temperature, -1)
             logps_N = logps_NV.gather(1, batch.targets_N[:, None])[:, 0]
