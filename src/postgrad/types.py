@@ -8,6 +8,8 @@ Shape legend, used as suffixes of tensor names all over the code:
     V   vocabulary size
     H   attention heads
     S   documents (Samples) in one batch
+    P   rows of prompts that several documents share
+    K   keys that queries attend to, a shared prompt's once for each document
 
 Nothing here imports torch at run time.
 """
@@ -180,22 +182,53 @@ class Size:
 
 
 @dataclass(slots=True)
+class SharedPrompts:
+    """How documents with the same beginning attend to it, where a batch holds it once.
+
+    The batch is cut into segments: a shared prompt is one, and so is the rest of each of its documents, and a document
+    that shares nothing. The last query of a segment sees all of the segment's keys, the one before all but one, and so
+    on: causal, aligned at the end.
+
+    Args:
+        cu_seqlens_q: int32, shape (segments + 1,): where each segment starts among the tokens.
+        cu_seqlens_k: int32, shape (segments + 1,): where its keys start among the K.
+        max_length_q, max_length_k: of the longest segment.
+        kv_index_K: int64, shape (K,): the token that each key comes from.
+        own_T: int64, shape (T,): the key that each token is in its own segment.
+        prompt_P: int64, shape (P,): tokens that are keys of several segments.
+        again_PM: int64, shape (P, most segments of a prompt): all keys that each of those is; filled up with -1.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_length_q: int
+    max_length_k: int
+    kv_index_K: torch.Tensor
+    own_T: torch.Tensor
+    prompt_P: torch.Tensor
+    again_PM: torch.Tensor
+
+
+@dataclass(slots=True)
 class Batch:
     """Documents end to end in one dense row, without padding.
 
     Args:
         ids_T: int64, shape (T,).
         positions_T: int64, shape (T,), counted from 0 in each document.
-        trained_N: int64, shape (N,): rows of the hidden states that predict a trained token.
+        trained_N: int64, shape (N,): rows of the hidden states that predict a trained token. With shared prompts a row
+            may come several times.
         targets_N: int64, shape (N,): the token each of those rows must predict (already shifted).
         weights_N: float32, shape (N,).
-        cu_seqlens: int32, shape (S + 1,): where each document starts; the last entry is T.
+        cu_seqlens: int32, shape (S + 1,): where each document starts; the last entry is T. With shared prompts, where
+            each segment starts.
         lengths: the documents' lengths, as Python integers (no device synchronisation to read them).
         sample_ids: for each document the index of its Sample in the list that was packed.
         document_N: int64, shape (N,): which document of this batch a trained token belongs to.
         tiles: the work list of the GPU's attention kernel, where that is used.
         size: what the tensors were padded to: with a last document that is not in ``lengths``, and with trained rows
             of weight 0.
+        shared: how prompts are attended to that several documents share; None where none is shared.
     """
 
     ids_T: torch.Tensor
@@ -209,6 +242,7 @@ class Batch:
     document_N: torch.Tensor
     tiles: torch.Tensor | None = None
     size: Size | None = None
+    shared: SharedPrompts | None = None
 
 
 @dataclass(frozen=True, slots=True)

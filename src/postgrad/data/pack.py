@@ -7,7 +7,7 @@ loss is a sum over trained tokens divided by their number in the whole step.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -62,12 +62,7 @@ def build_batch(
         tile_rows: makes the work list of the GPU's attention kernel, with tiles of so many tokens.
         size: pads every tensor to it; see :class:`~postgrad.types.Batch`.
     """
-    on_gpu = torch.device(device).type == "cuda"
-
-    def put(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor
-
+    put = mover(device)
     chosen = [samples[index] for index in indices]
     lengths = [len(sample) for sample in chosen]
     padded = [*lengths, size.tokens - sum(lengths)] if size else lengths
@@ -91,6 +86,17 @@ def build_batch(
         tiles=None if tiles is None else put(_filled(tiles, size.tiles if size else tiles.shape[1], 0, axis=1)),
         size=size,
     )
+
+
+def mover(device: torch.device | str) -> Callable[[np.ndarray], torch.Tensor]:
+    """A function that makes tensors of arrays on a device; to a GPU it copies without waiting."""
+    on_gpu = torch.device(device).type == "cuda"
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor
+
+    return put
 
 
 def _filled(array: np.ndarray, length: int, value: int, axis: int = 0) -> np.ndarray:
@@ -140,5 +146,16 @@ def pack(
     lengths = [len(sample) for sample in samples]
     groups = split_balanced(lengths, token_budget) if packing else [[index] for index in range(len(samples))]
     for group in groups:
-        size = fitting(sizes, needed(samples, group, tile_rows)) if sizes and tile_rows else None
-        yield build_batch(samples, group, device, tile_rows, size)
+        yield build_fitted(samples, group, device, tile_rows, sizes)
+
+
+def build_fitted(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    device: torch.device | str,
+    tile_rows: int | None,
+    sizes: Sequence[Size],
+) -> Batch:
+    """:func:`build_batch`, padded to the smallest of ``sizes`` that the documents fit into, where there is one."""
+    size = fitting(sizes, needed(samples, indices, tile_rows)) if sizes and tile_rows else None
+    return build_batch(samples, indices, device, tile_rows, size)

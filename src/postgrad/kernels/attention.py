@@ -3,7 +3,8 @@
     attention(q, k, v, cu_seqlens, scale, window, softcap, tiles)
 
 q has shape (T, H, head size); k and v have (T, H or fewer, head size). Token t sees tokens of its own document that
-are not after it and, with a window, fewer than ``window`` tokens before it.
+are not after it and, with a window, fewer than ``window`` tokens before it. Where documents share a prompt, the keys
+of a document are the prompt's and its own: see :class:`postgrad.types.SharedPrompts`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import itertools
 from typing import Any
 
 import torch
+
+from postgrad.kernels.gather import SharedKeys, gathered
 
 NAME = "postgrad_packed"
 
@@ -28,6 +31,9 @@ def attention(
     softcap: float | None = None,
     max_length: int | None = None,
     tiles: torch.Tensor | None = None,
+    shared: SharedKeys | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
 ) -> torch.Tensor:
     """Attend within each document.
 
@@ -41,19 +47,27 @@ def attention(
         max_length: longest document, where the caller knows it (saves a synchronisation on CUDA).
         tiles: the work list of :func:`postgrad.data.tiles.work_list` on the device of ``q_THD``; where it is
             given and Triton can be used, our own kernel runs: deterministic, and no thread block without work.
+        shared: which tokens are keys, and of which segment, as :func:`postgrad.kernels.gather.gathered` takes it.
+        cu_seqlens_k: int32, with ``shared``: where the keys of each segment start; ``cu_seqlens`` is of the queries.
+        max_length_k: most keys of a segment, where the caller knows it.
 
     Returns:
         Shape (T, H, head size), dtype of ``q_THD``.
     """
     factor = scale if scale is not None else q_THD.shape[-1] ** -0.5
+    if shared is not None:
+        k_THD, v_THD = gathered(k_THD, shared), gathered(v_THD, shared)
+    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if tiles is not None:
         from postgrad.kernels.triton_attention import packed_attention
 
         return packed_attention(q_THD, k_THD, v_THD, tiles, factor, window or 0, softcap or 0.0)
     if q_THD.device.type == "cuda" and q_THD.dtype in (torch.bfloat16, torch.float16) and softcap is None and _varlen:
+        starts = (cu_seqlens, starts_k)
         longest = max_length or int(cu_seqlens.diff().max())
-        return _cuda_varlen(q_THD, k_THD, v_THD, cu_seqlens, longest, scale, window)
-    out_THD, _ = _documents(q_THD, k_THD, v_THD, cu_seqlens, factor, window or 0, softcap or 0.0)
+        longest_k = longest if cu_seqlens_k is None else max_length_k or int(cu_seqlens_k.diff().max())
+        return _cuda_varlen(q_THD, k_THD, v_THD, starts, (longest, longest_k), scale, window)
+    out_THD, _ = _documents(q_THD, k_THD, v_THD, cu_seqlens, starts_k, factor, window or 0, softcap or 0.0)
     return out_THD
 
 
@@ -101,6 +115,7 @@ def _documents(
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     scale: float,
     window: int,
     softcap: float,
@@ -111,14 +126,17 @@ def _documents(
     """
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_TH = torch.zeros(q_THD.shape[:2], dtype=_wide(q_THD.dtype), device=q_THD.device)
-    for a, b in _bounds(cu_seqlens):
-        q, k, v = (_heads_first(tensor[a:b]) for tensor in (q_THD, k_THD, v_THD))
-        if _is_plain(q, window, softcap):
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-            lse_TH[a:b] = lse[0].T
+    for own, keys in _bounds(cu_seqlens, cu_seqlens_k):
+        q, k, v = _heads_first(q_THD[own]), _heads_first(k_THD[keys]), _heads_first(v_THD[keys])
+        if _is_plain(k, window, softcap):
+            causal, mask = _causality(q, k)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            )
+            lse_TH[own] = lse[0].T
         else:
             out = _masked(q, k, v, scale, window, softcap)
-        out_THD[a:b] = out[0].transpose(0, 1)
+        out_THD[own] = out[0].transpose(0, 1)
     return out_THD, lse_TH
 
 
@@ -131,6 +149,7 @@ def _documents_backward(
     out_THD: torch.Tensor,
     lse_TH: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     scale: float,
     window: int,
     softcap: float,
@@ -138,17 +157,19 @@ def _documents_backward(
     grad_THD = grad_THD.contiguous()  # a sum's gradient is one number, expanded
     tensors = (q_THD, k_THD, v_THD)
     dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
-    for a, b in _bounds(cu_seqlens):
-        q, k, v = (_heads_first(tensor[a:b]) for tensor in tensors)
-        grad = _heads_first(grad_THD[a:b])
-        if _is_plain(q, window, softcap):
+    for own, keys in _bounds(cu_seqlens, cu_seqlens_k):
+        places = (own, keys, keys)
+        q, k, v = (_heads_first(tensor[place]) for tensor, place in zip(tensors, places, strict=True))
+        grad = _heads_first(grad_THD[own])
+        if _is_plain(k, window, softcap):
+            causal, mask = _causality(q, k)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, _heads_first(out_THD[a:b]), lse_TH[a:b].T[None], 0.0, True, scale=scale
+                grad, q, k, v, _heads_first(out_THD[own]), lse_TH[own].T[None], 0.0, causal, attn_mask=mask, scale=scale
             )
         else:
             parts = _masked_backward(grad, q, k, v, scale, window, softcap)
-        for whole, part in zip((dq, dk, dv), parts, strict=True):
-            whole[a:b] = part[0].transpose(0, 1)
+        for whole, part, place in zip((dq, dk, dv), parts, places, strict=True):
+            whole[place] = part[0].transpose(0, 1)
     return dq, dk, dv
 
 
@@ -163,20 +184,22 @@ def _(grad_THD: torch.Tensor, *tensors: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
 
 
 def _backward(ctx: Any, grad_THD: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     gradients = _documents_backward(grad_THD, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 _documents.register_autograd(_backward, setup_context=_keep)
 
 
-def _bounds(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
-    return [(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+def _bounds(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Queries and keys of each document that is not empty."""
+    own, keys = ([slice(a, b) for a, b in itertools.pairwise(starts.tolist())] for starts in (cu_seqlens, cu_seqlens_k))
+    return [(one, other) for one, other in zip(own, keys, strict=True) if one.stop > one.start]
 
 
 def _heads_first(tensor_THD: torch.Tensor) -> torch.Tensor:
@@ -187,15 +210,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _is_plain(q_1HTD: torch.Tensor, window: int, softcap: float) -> bool:
+def _is_plain(k_1HTD: torch.Tensor, window: int, softcap: float) -> bool:
     """Whether torch's flash kernel of the CPU computes it."""
-    return q_1HTD.device.type == "cpu" and not softcap and not 0 < window < q_1HTD.shape[2]
+    return k_1HTD.device.type == "cpu" and not softcap and not 0 < window < k_1HTD.shape[2]
+
+
+def _causality(q_1HTD: torch.Tensor, k_1HTD: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
+    """How that kernel is told so: by its flag, or where keys come before the first query by a mask added to scores."""
+    queries, keys = q_1HTD.shape[2], k_1HTD.shape[2]
+    if queries == keys:
+        return True, None
+    mask_TK = torch.full((queries, keys), float("-inf"), dtype=_wide(q_1HTD.dtype), device=q_1HTD.device)
+    return False, mask_TK.triu(keys - queries + 1)
 
 
 def _masked(
     q_1HTD: torch.Tensor, k_1HTD: torch.Tensor, v_1HTD: torch.Tensor, scale: float, window: int, softcap: float
 ) -> torch.Tensor:
-    """One document with a window or capped scores; shapes (1, H, T, head size)."""
+    """One document with a window or capped scores; shapes (1, H, T, head size), T of the keys maybe more."""
     v = v_1HTD[0].repeat_interleave(q_1HTD.shape[1] // v_1HTD.shape[1], 0)
     p_HTT, _ = _probabilities(q_1HTD[0], k_1HTD[0], scale, window, softcap)
     return (p_HTT.to(v.dtype) @ v)[None]
@@ -228,15 +260,15 @@ def _masked_backward(
 def _probabilities(
     q_HTD: torch.Tensor, k_HTD: torch.Tensor, scale: float, window: int, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax of the masked scores, shape (H, T, T), and the slope of the cap."""
+    """Softmax of the masked scores, shape (H, T, K), and the slope of the cap. The last query is at the last key."""
     k_HTD = k_HTD.repeat_interleave(q_HTD.shape[0] // k_HTD.shape[0], 0)
     scores_HTT = (q_HTD @ k_HTD.transpose(1, 2)).to(_wide(q_HTD.dtype)) * scale
     slope_HTT = None
     if softcap:
         capped_HTT = torch.tanh(scores_HTT / softcap)
         scores_HTT, slope_HTT = softcap * capped_HTT, 1 - capped_HTT.square()
-    steps = torch.arange(q_HTD.shape[1], device=q_HTD.device)
-    distance_TT = steps[:, None] - steps
+    steps = torch.arange(k_HTD.shape[1], device=q_HTD.device)
+    distance_TT = steps[k_HTD.shape[1] - q_HTD.shape[1] :, None] - steps
     hidden_TT = distance_TT < 0
     if window:
         hidden_TT |= distance_TT >= window
@@ -260,11 +292,12 @@ def _cuda_varlen(
     q_THD: torch.Tensor,
     k_THD: torch.Tensor,
     v_THD: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    longest: int,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """By torch's FlashAttention-2, which aligns causality and windows at a segment's last query and last key."""
     options: dict[str, Any] = {}
     if "window_size" in _varlen_parameters:
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -272,14 +305,14 @@ def _cuda_varlen(
         options["is_causal"] = True
     else:
         factor = scale if scale is not None else q_THD.shape[-1] ** -0.5
-        return _documents(q_THD, k_THD, v_THD, cu_seqlens, factor, window, 0.0)[0]
+        return _documents(q_THD, k_THD, v_THD, *starts, factor, window, 0.0)[0]
     if "enable_gqa" in _varlen_parameters:
         options["enable_gqa"] = q_THD.shape[1] != k_THD.shape[1]
     if "scale" in _varlen_parameters:
         options["scale"] = scale
     elif scale is not None:
         q_THD = q_THD * (scale * q_THD.shape[-1] ** 0.5)
-    out = _varlen(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens, longest, longest, **options)
+    out = _varlen(q_THD, k_THD, v_THD, *starts, *longest, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -296,6 +329,9 @@ def _for_transformers(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     attention_tiles: torch.Tensor | None = None,
+    attention_shared: SharedKeys | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """The contract in the form of transformers' attention interface: tensors of shape (1, H, T, head size)."""
@@ -318,6 +354,9 @@ def _for_transformers(
         softcap=softcap,
         max_length=max_length_q,
         tiles=attention_tiles,
+        shared=attention_shared,
+        cu_seqlens_k=None if attention_shared is None else cu_seq_lens_k,
+        max_length_k=max_length_k,
     )
     return out_THD[None], None
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}  # of one chunk of logits
+ENTROPY_BYTES = 64 * 2**20  # of the float32 rows that entropies are computed from at a time
 
 
 def linear_cross_entropy(
@@ -51,17 +52,54 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     bias_V: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
-    """log softmax(hidden · weightᵀ) at the targets, for any loss that is a function of them.
+    """log softmax(hidden · weightᵀ / temperature) at the targets, for any loss that is a function of them.
 
     Args:
         hidden_ND, weight_VD, targets_N, scale, softcap, bias_V: as in :func:`linear_cross_entropy`.
+        temperature: divides the logits, after ``scale`` and ``softcap``.
 
     Returns:
-        Differentiable, float32, shape (N,).
+        Differentiable, float32 (float64 of float64 inputs), shape (N,).
     """
-    logprobs_N: torch.Tensor = _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, scale, softcap, bias_V)
+    logprobs_N: torch.Tensor = _TokenLogprobs.apply(
+        hidden_ND, weight_VD, targets_N, *_tempered(scale, softcap, temperature), bias_V, False
+    )[0]
     return logprobs_N
+
+
+def token_logprobs_and_entropies(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    bias_V: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`token_logprobs`, and from the same logits the entropy of each row's distribution.
+
+    Args:
+        hidden_ND, weight_VD, targets_N, scale, softcap, bias_V, temperature: as in :func:`token_logprobs`.
+
+    Returns:
+        What :func:`token_logprobs` gives; and −Σ p log p over the vocabulary, natural logarithm, of the tempered
+        distribution, detached, of the same shape and dtype.
+    """
+    logprobs_N, entropies_N = _TokenLogprobs.apply(
+        hidden_ND, weight_VD, targets_N, *_tempered(scale, softcap, temperature), bias_V, True
+    )
+    return logprobs_N, entropies_N
+
+
+def _tempered(scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+    """Scale and cap whose logits are those of the given ones over the temperature.
+
+    cap · tanh(scale · x / cap) / t = (cap / t) · tanh((scale / t) · x / (cap / t)): both are divided.
+    """
+    return scale / temperature, None if softcap is None else softcap / temperature
 
 
 def linear_cross_entropy_reference(
@@ -121,14 +159,20 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         bias_V: torch.Tensor | None,
-    ) -> torch.Tensor:
+        entropies: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         nll_N = torch.empty(len(hidden_ND), dtype=_wide(hidden_ND), device=hidden_ND.device)
+        entropies_N = torch.empty_like(nll_N) if entropies else None
         for part in _chunks(hidden_ND, weight_VD):
             logits = _project(hidden_ND[part], weight_VD, bias_V)
+            if entropies_N is not None:  # before the softmax, which on a CPU works in place
+                _write_entropies(logits, entropies_N[part], scale, softcap)
             _softmax_gradient_(logits, targets_N[part], nll_N[part], nll_N[part], scale, softcap, False)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V)
         ctx.options = (scale, softcap)
-        return -nll_N
+        if entropies_N is not None:
+            ctx.mark_non_differentiable(entropies_N)
+        return -nll_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
@@ -142,7 +186,7 @@ class _TokenLogprobs(torch.autograd.Function):
             _softmax_gradient_(logits, targets_N[part], weights_N[part], nll_N[part], scale, softcap, True)
             sums.add(part, logits)
         hidden, weight, bias = sums.gradients()
-        return hidden, weight, None, None, None, bias
+        return hidden, weight, None, None, None, bias, None
 
 
 class _Sums:
@@ -241,3 +285,13 @@ def _softmax_gradient_(
         if slope is not None:
             logits.mul_(slope)
     nll.copy_((total.log() + largest - chosen)[:, 0])
+
+
+def _write_entropies(logits_NV: torch.Tensor, entropies_N: torch.Tensor, scale: float, softcap: float | None) -> None:
+    """Write each row's entropy; the logits stay. Few rows at a time, since each is copied in full precision."""
+    rows = max(1, ENTROPY_BYTES // (4 * logits_NV.shape[1]))
+    for part, out in zip(logits_NV.split(rows), entropies_N.split(rows), strict=True):
+        x_NV = part.to(entropies_N.dtype) * scale
+        if softcap is not None:
+            x_NV = softcap * torch.tanh(x_NV / softcap)
+        out.copy_(torch.special.entr(torch.softmax(x_NV, -1)).sum(-1))

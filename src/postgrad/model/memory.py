@@ -14,7 +14,8 @@ import torch
 
 from postgrad.kernels.linear_ce import CHUNK_BYTES
 from postgrad.model.compiled import repeated_layers
-from postgrad.model.packed import PackedModel, probe_batch, weights_in
+from postgrad.model.packed import PackedModel, probe_batch
+from postgrad.model.switches import weights_in
 from postgrad.types import Batch
 
 if TYPE_CHECKING:

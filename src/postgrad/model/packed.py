@@ -6,23 +6,24 @@ give what each gives alone, they go one by one; if our head does not give the mo
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from postgrad.data.pack import build_batch, pack
+from postgrad.data.shared import by_neighbours, pack_groups
 from postgrad.data.tiles import tile_rows
-from postgrad.kernels import attention as attention_kernel
+from postgrad.errors import ConfigError
 from postgrad.kernels import has_triton
-from postgrad.kernels.linear_ce import linear_cross_entropy
+from postgrad.kernels.linear_ce import linear_cross_entropy, token_logprobs, token_logprobs_and_entropies
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
+from postgrad.model.switches import packed_attention, recomputing, weights_in
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Choices:
         compiled: the layers are compiled in training.
         graphed: passes are replayed as CUDA graphs in training.
         recomputed: activations are computed again in the backward pass instead of kept.
+        sharing: a prompt that several documents begin with can be computed once; see
+            :func:`postgrad.model.sharing.with_sharing`.
         reason: why not the fast way, for people; empty otherwise.
     """
 
@@ -54,6 +57,7 @@ class Choices:
     compiled: bool = False
     graphed: bool = False
     recomputed: bool = False
+    sharing: bool = False
     reason: str = ""
 
 
@@ -83,16 +87,29 @@ class PackedModel:
         ):
             yield
 
-    def batches(self, samples: Sequence[Sample], token_budget: int) -> Iterator[Batch]:
-        """Cut samples into batches as this model takes them; see :func:`postgrad.data.pack.pack`."""
-        return pack(
-            samples,
-            token_budget,
-            packing=self.choices.packing,
-            device=self.model.device,
-            tile_rows=self.tile_rows,
-            sizes=list(self.graphs.graphs) if self.graphs else (),
-        )
+    def batches(
+        self, samples: Sequence[Sample], token_budget: int, together: bool = False, share: bool = False
+    ) -> Iterator[Batch]:
+        """Cut samples into batches as this model takes them.
+
+        Args:
+            samples: documents.
+            token_budget: most tokens of one batch.
+            together: consecutive samples of one example stay in one batch, even where they are larger than the budget.
+                Without packing every document is alone all the same.
+            share: the common beginning of consecutive samples of one example is computed once, where the model can
+                (``choices.sharing``) and it pays. Without ``together`` an example larger than the budget is divided.
+        """
+        options: dict[str, Any] = {
+            "packing": self.choices.packing,
+            "device": self.model.device,
+            "tile_rows": self.tile_rows,
+            "sizes": list(self.graphs.graphs) if self.graphs else (),
+        }
+        share = share and self.choices.sharing
+        if not together and not share:
+            return pack(samples, token_budget, **options)
+        return pack_groups(samples, by_neighbours(samples), token_budget, share=share, cut=not together, **options)
 
     @property
     def tile_rows(self) -> int | None:
@@ -120,22 +137,61 @@ class PackedModel:
         """
         weights_N = batch.weights_N * scale
         if self.choices.head == "model":
-            logits_NV = (
-                self.model(**self._inputs(batch), logits_to_keep=batch.trained_N, use_cache=False).logits[0].float()
-            )
-            nll_N = F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
+            nll_N = F.cross_entropy(self._logits(batch), batch.targets_N, reduction="none")
             return (nll_N * weights_N).sum(), nll_N.detach()
-        hidden_ND = self.hidden(batch).index_select(0, batch.trained_N)
-        head = self.model.get_output_embeddings()
-        return linear_cross_entropy(
-            hidden_ND,
-            head.weight,
-            batch.targets_N,
-            weights_N,
-            scale=self.choices.scale,
-            softcap=self.choices.softcap,
-            bias_V=getattr(head, "bias", None),
-        )
+        rows_ND, weight_VD, head = self._head(batch)
+        return linear_cross_entropy(rows_ND, weight_VD, batch.targets_N, weights_N, **head)
+
+    @overload
+    def logprobs(self, batch: Batch, temperature: float = 1.0, entropies: Literal[False] = False) -> torch.Tensor: ...
+
+    @overload
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, *, entropies: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, entropies: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """log p of each trained token, for any loss that is a function of them; call inside :meth:`attention`.
+
+        Args:
+            batch: documents; without packing, one.
+            temperature: divides the logits, as in sampling.
+            entropies: give the entropy of the distribution that each token was taken from, too.
+
+        Returns:
+            Differentiable, float32, shape (N,); with ``entropies`` also those, in nats, detached, of the same shape.
+
+        Raises:
+            ConfigError: the temperature is not above 0.
+        """
+        if not temperature > 0:
+            raise ConfigError(f"temperature is {temperature}", "set it above 0: log p is of a distribution")
+        if self.choices.head == "model":
+            logps_NV = torch.log_softmax(self._logits(batch) / temperature, -1)
+            logps_N = logps_NV.gather(1, batch.targets_N[:, None])[:, 0]
+            return (logps_N, torch.special.entr(logps_NV.detach().exp()).sum(-1)) if entropies else logps_N
+        rows_ND, weight_VD, head = self._head(batch)
+        function = token_logprobs_and_entropies if entropies else token_logprobs
+        return function(rows_ND, weight_VD, batch.targets_N, temperature=temperature, **head)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """The model's own logits of the trained rows, float32, shape (N, V)."""
+        found = self.model(**self._inputs(batch), logits_to_keep=batch.trained_N, use_cache=False)
+        return found.logits[0].float()
+
+    def _head(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Trained rows, shape (N, D); output embedding, shape (V, D); and how it gives logits."""
+        head, hidden_TD = self.model.get_output_embeddings(), self.hidden(batch)
+        options = {
+            "scale": self.choices.scale,
+            "softcap": self.choices.softcap,
+            "bias_V": getattr(head, "bias", None),
+        }
+        if batch.shared is None:
+            return hidden_TD.index_select(0, batch.trained_N), head.weight, options
+        return hidden_TD[batch.trained_N], head.weight, options  # rows repeat; this adds their gradients in order
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states, shape (T, D); call inside :meth:`attention`."""
@@ -143,43 +199,7 @@ class PackedModel:
         return decoder(**self._inputs(batch), use_cache=False).last_hidden_state[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return _inputs(batch, self.choices.packing)
-
-
-@contextmanager
-def packed_attention(model: PreTrainedModel, packing: bool = True) -> Iterator[None]:
-    """Swap the model's attention for the packed one inside the block."""
-    if not packing:
-        yield
-        return
-    native = model.config._attn_implementation
-    model.set_attn_implementation(attention_kernel.register())
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(native)
-
-
-@contextmanager
-def recomputing(model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the block, where that is asked for."""
-    if not on:
-        yield
-        return
-    _switch_recomputing(model, True)
-    try:
-        yield
-    finally:
-        _switch_recomputing(model, False)
-
-
-def _switch_recomputing(model: PreTrainedModel, on: bool) -> None:
-    with warnings.catch_warnings():  # newer versions of transformers warn of a new name that older ones do not have
-        warnings.simplefilter("ignore", FutureWarning)
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+        return model_inputs(batch, self.choices.packing)
 
 
 def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
@@ -198,23 +218,6 @@ def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> 
         model.train(training)
 
 
-@contextmanager
-def weights_in(
-    model: torch.nn.Module, dtype: torch.dtype, parameters: Iterable[torch.nn.Parameter] | None = None
-) -> Iterator[None]:
-    """Give the parameters, or some of them, another dtype inside the block, and their own values back after it."""
-    chosen = list(model.parameters() if parameters is None else parameters)
-    kept = [parameter.data for parameter in chosen]
-    try:
-        for parameter in chosen:
-            if parameter.is_floating_point():  # not the codes of quantised weights
-                parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in zip(chosen, kept, strict=True):
-            parameter.data = data
-
-
 def _probe(model: PreTrainedModel) -> Choices:
     device = model.device
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +234,7 @@ def _probe(model: PreTrainedModel) -> Choices:
     for tiles in (True, False) if has_triton(device) and model.dtype != torch.float64 else (False,):
         try:
             together = _packed_logits(model, documents, tiles)
-            if _close(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
+            if same_logits(together, torch.cat(alone), model.dtype) and _isolated(model, documents, together, tiles):
                 return replace(chosen, tiles=tiles)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = f"documents go one by one: {error}"
@@ -253,7 +256,7 @@ def _probe_head(model: PreTrainedModel, ids_T: torch.Tensor, expected_TV: torch.
         logits_TV = head(hidden_TD).float() * scale
         if softcap is not None:
             logits_TV = softcap * torch.tanh(logits_TV / softcap)
-        if _close(logits_TV, expected_TV, model.dtype):
+        if same_logits(logits_TV, expected_TV, model.dtype):
             return "fused", scale, softcap, ""
     except (AttributeError, TypeError, RuntimeError):
         pass
@@ -268,7 +271,7 @@ def _packed_logits(model: PreTrainedModel, documents: list[torch.Tensor], tiles:
         tile_rows(head_size(model)) if tiles else None,
     )
     with packed_attention(model):
-        return model(**_inputs(batch, True), use_cache=False).logits[0].float()
+        return model(**model_inputs(batch, True), use_cache=False).logits[0].float()
 
 
 def probe_samples(documents: Sequence[torch.Tensor]) -> list[Sample]:
@@ -279,6 +282,16 @@ def probe_samples(documents: Sequence[torch.Tensor]) -> list[Sample]:
     ]
 
 
+def probe_answers(vocabulary: int) -> list[Sample]:
+    """Three answers to one random prompt, and a document that shares nothing."""
+    generator = torch.Generator().manual_seed(2)
+    prompt, *answers, other = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (16, 5, 9, 3, 7))
+    made = probe_samples([torch.cat([prompt, answer]) for answer in answers])
+    for sample in made:
+        sample.weights_T[: len(prompt)] = 0
+    return [replace(sample, example=0) for sample in made] + probe_samples([other])
+
+
 def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV: torch.Tensor, tiles: bool) -> bool:
     """Whether the second document's logits stay when the first changes: exact, where rounding would hide a leak."""
     start = len(documents[0])
@@ -286,11 +299,17 @@ def _isolated(model: PreTrainedModel, documents: list[torch.Tensor], together_TV
     return bool((again_TV[start:] - together_TV[start:]).norm() <= 1e-5 * together_TV[start:].norm())
 
 
-def _inputs(batch: Batch, packing: bool) -> dict[str, Any]:
+def model_inputs(batch: Batch, packing: bool) -> dict[str, Any]:
+    """What a transformers model is called with to read a batch."""
     inputs: dict[str, Any] = {"input_ids": batch.ids_T[None], "position_ids": batch.positions_T[None]}
     if packing:
         starts, longest = batch.cu_seqlens, max(batch.lengths)
         inputs.update(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
+    shared = batch.shared
+    if packing and shared is not None:
+        inputs.update(cu_seq_lens_q=shared.cu_seqlens_q, cu_seq_lens_k=shared.cu_seqlens_k)
+        inputs.update(max_length_q=shared.max_length_q, max_length_k=shared.max_length_k)
+        inputs["attention_shared"] = (shared.kv_index_K, shared.own_T, shared.prompt_P, shared.again_PM)
     if packing and batch.tiles is not None:
         inputs["attention_tiles"] = batch.tiles
     return inputs
@@ -302,7 +321,7 @@ def head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+def same_logits(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two computations of the same logits differ by no more than rounding in ``dtype``."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.08
     return bool((a - b).norm() <= tolerance * b.norm())
@@ -337,7 +356,7 @@ def try_compiled(packed: PackedModel, dtype: torch.dtype) -> tuple[PackedModel, 
     finally:
         model.train(training)
         model.zero_grad()
-    if not _close(found, expected, dtype):
+    if not same_logits(found, expected, dtype):
         return packed, "not compiled: the compiled layers give other gradients"
     return compiled, f"layers compiled in {seconds[0]:.0f} s"
 
@@ -352,8 +371,12 @@ def probe_batch(packed: PackedModel) -> Batch:
 def _probe_gradient(packed: PackedModel) -> torch.Tensor:
     """Loss and gradients of some weights on a small batch, in one vector."""
     packed.model.zero_grad()
+    batches = [probe_batch(packed)]
+    if packed.choices.sharing:
+        answers = probe_answers(embedding_rows(packed.model))
+        batches += packed.batches(answers, sum(len(sample) for sample in answers), share=True)
     with packed.attention(training=True):
-        loss, _ = packed.loss(probe_batch(packed), 0.01)
+        loss = torch.stack([packed.loss(batch, 0.01)[0] for batch in batches]).sum()
         loss.backward()
     gradients = [p.grad for layer in decoder_layers(packed.model) for p in layer.parameters() if p.grad is not None]
     some = [gradient.flatten()[:1000].float() for gradient in gradients]

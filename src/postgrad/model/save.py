@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from postgrad.errors import PostgradError
 from postgrad.model.adapters import has_adapters, is_adapter, save_into, saved_parameters
-from postgrad.model.packed import weights_in
 from postgrad.model.quiet import quiet
+from postgrad.model.switches import weights_in
 from postgrad.redaction import redact
 from postgrad.runs import write_atomic
 
