@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from postgrad.data.messages import Place
@@ -31,16 +32,20 @@ _CHATS = ("conversation", "dialogue", "dialog", "dialogs", "chat", "turns", "mes
 _TEXTS = ("content", "document", "body", "passage", "code", "文本", "内容")
 
 
-def check_columns(columns: dict[str, str]) -> None:
+def check_columns(columns: dict[str, str], keys: Sequence[str] = KEYS) -> None:
     """Refuse a mapping that no row can satisfy.
+
+    Args:
+        columns: the mapping.
+        keys: what may be mapped.
 
     Raises:
         ConfigError: for an unknown key, or keys that exclude each other.
     """
     for key in columns:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
             raise ConfigError(f"columns: unknown key {key!r}", f"{cure} (write columns='{{prompt: question, …}}')")
     ways = [way for way in ({"messages"}, {"prompt", "completion"}, {"text"}) if way & set(columns)]
     if len(ways) > 1:
@@ -120,9 +125,13 @@ def preference_error(values: dict[str, Any], place: Place) -> DataError:
         chat = isinstance(values["chosen"], list)
         way = "{messages: chosen}" if chat else "{prompt: prompt, completion: chosen}"
         reason = "this is preference data (chosen and rejected), for DPO and not for SFT"
-        return place.error(reason, f"to imitate the chosen answers only, say columns='{way}'", "chosen")
+        cure = f"use 'postgrad dpo'; or say columns='{way}' to imitate the chosen answers only"
+        return place.error(reason, cure, "chosen")
     reason = "this is preference data (answers labelled true or false), for KTO and not for SFT"
-    cure = "keep the rows labelled true, and remove the column 'label'"
+    cure = (
+        "write an answer labelled true and one labelled false to the same prompt as one row of prompt, chosen and "
+        "rejected, and use 'postgrad dpo'; or keep the rows labelled true without the column 'label'"
+    )
     return place.error(reason, cure, "label")
 
 
