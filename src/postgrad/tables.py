@@ -21,10 +21,13 @@ def text(value: Any, style: str = "") -> Text:
 
 
 def data_table(preview: Sequence[dict[str, Any]], title: str) -> Table:
-    """Rows of a data set: where they are, prompt and answer."""
-    table = Table("row", "prompt", "answer", title=title, title_justify="left", show_lines=True)
+    """Rows of a data set: where they are, prompt and answer; of pairs both answers."""
+    pairs = any("rejected" in row for row in preview)
+    names = ("chosen", "rejected") if pairs else ("answer",)
+    table = Table("row", "prompt", *names, title=title, title_justify="left", show_lines=True)
     for row in preview:
-        table.add_row(text(row["source"].rsplit("/", 1)[-1], "dim"), text(row["prompt"]), text(row["response"]))
+        answers = [row["response"], row.get("rejected", "")] if pairs else [row["response"]]
+        table.add_row(text(row["source"].rsplit("/", 1)[-1], "dim"), text(row["prompt"]), *map(text, answers))
     return table
 
 

@@ -9,19 +9,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
 from postgrad.checks.rendered import render
 from postgrad.config import SFTConfig
 from postgrad.data.formats import prompt_key
+from postgrad.data.pairs import pair_texts
 from postgrad.data.render import Rendered, Renderer
+from postgrad.data.rows import Row
 from postgrad.data.show import token_view
 from postgrad.errors import CheckError, DataError
 from postgrad.evaluate import shown
 from postgrad.redaction import hide, secret_kinds
-from postgrad.types import Example, Sample, TokenRow
+from postgrad.types import Example, Pair, Sample, TokenRow
 
 MOST_ROWS = 20
 PREVIEW_ROWS = 5
@@ -50,13 +52,13 @@ class Check:
 
 
 @dataclass(slots=True)
-class Prepared:
+class Prepared(Generic[Row]):
     """Rendered data and what was found out about it.
 
     Args:
         samples: Samples with something to train, in the order of the examples; ``sample.example`` counts the kept
-            examples without gaps.
-        examples: the kept examples.
+            examples without gaps. Of a pair first the chosen answer's, then the rejected one's.
+        examples: the kept examples or pairs.
         checks: everything that was looked at.
         counts: rows, samples, tokens, trained tokens, dropped and truncated rows.
         lengths: histogram of row lengths in tokens, the longest, and the limit.
@@ -64,7 +66,7 @@ class Prepared:
     """
 
     samples: list[Sample]
-    examples: list[Example]
+    examples: list[Row]
     checks: list[Check]
     counts: dict[str, int]
     lengths: dict[str, Any]
@@ -85,7 +87,7 @@ def prepare(
     skip_bad: bool = False,
     problems: Sequence[DataError] = (),
     note: Callable[[str], None] = lambda _: None,
-) -> Prepared:
+) -> Prepared[Example]:
     """Render examples and check what comes out.
 
     Args:
@@ -102,9 +104,9 @@ def prepare(
     refused = [row for row in found if isinstance(row, DataError)]
     limit = min(config.max_length or limit, limit)
     counts: Counter[str] = Counter(rows=len(examples) + len(problems), dropped=len(problems))
-    checks = [_rows_check(len(examples), problems, refused, skip_bad)]
+    checks = [rows_check(len(examples), problems, refused, skip_bad)]
     counts["dropped"] += len(refused) if skip_bad else 0
-    lengths = _lengths(rendered, limit)
+    lengths = histogram([max(map(len, r.samples)) for r in rendered if r is not None and r.samples], limit)
     checks.append(_length_check(rendered, config, limit, counts))
     kept = [
         (example, result)
@@ -114,9 +116,12 @@ def prepare(
     kept = _drop_untrained(kept, checks, counts)
     samples = [replace(sample, example=i) for i, (_, result) in enumerate(kept) for sample in result.samples]
     results = [result for _, result in kept]
-    checks.append(_stop_check(samples, [example for example, _ in kept], renderer, config))
-    checks.append(_bos_check(samples, renderer))
-    checks.append(_text_check(results))
+    if config.assistant_only_loss:
+        checks.append(stop_check(samples, [example for example, _ in kept], renderer))
+    else:
+        checks.append(Check("stop", "pass", "every token is trained, the stop tokens included"))
+    checks.append(bos_check(samples, renderer))
+    checks.append(text_check(results))
     checks.append(_duplicates([example for example, _ in kept]))
     counts.update(
         samples=len(samples),
@@ -127,19 +132,24 @@ def prepare(
     return Prepared(samples, [e for e, _ in kept], checks, dict(counts), lengths, fingerprint(samples))
 
 
-def report(prepared: Prepared, renderer: Renderer, more: Sequence[Check] = ()) -> dict[str, Any]:
+def report(prepared: Prepared[Any], renderer: Renderer, more: Sequence[Check] = ()) -> dict[str, Any]:
     """The content of ``checks.json``; what looks like a secret is not in it."""
-    preview = []
-    for example in prepared.examples[:PREVIEW_ROWS]:
-        prompt, response = shown(example)
-        preview.append({"source": str(example.source), "prompt": hide(prompt), "response": hide(response)})
     return {
         "checks": [asdict(check) for check in [*prepared.checks, *more]],
         "counts": prepared.counts,
         "lengths": prepared.lengths,
-        "preview": preview,
+        "preview": [_preview(example) for example in prepared.examples[:PREVIEW_ROWS]],
         "tokens": _token_views(prepared.samples, renderer),
     }
+
+
+def _preview(example: Example | Pair) -> dict[str, str]:
+    if isinstance(example, Pair):
+        prompt, response, rejected = pair_texts(example)
+        more = {"rejected": hide(rejected)}
+    else:
+        (prompt, response), more = shown(example), {}
+    return {"source": str(example.source), "prompt": hide(prompt), "response": hide(response), **more}
 
 
 def add_checks(content: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def require(checks: Sequence[Check]) -> None:
         raise CheckError("\n".join(lines), cures or None)
 
 
-def overlap_check(train: Sequence[Example], heldout: Sequence[Example]) -> Check:
+def overlap_check(train: Sequence[Example | Pair], heldout: Sequence[Example | Pair]) -> Check:
     """Whether held-out prompts are among the training prompts."""
     known = {prompt_key(example) for example in train}
     shared = [example for example in heldout if prompt_key(example) in known]
@@ -210,7 +220,15 @@ def _token_views(samples: Sequence[Sample], renderer: Renderer) -> list[dict[str
     return views
 
 
-def _rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[DataError], skip_bad: bool) -> Check:
+def rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[DataError], skip_bad: bool) -> Check:
+    """Whether rows could not be read or rendered.
+
+    Args:
+        usable: rows that could be read.
+        problems: rows left out while reading.
+        refused: rows that could not be rendered.
+        skip_bad: they are left out instead of refused.
+    """
     found = [*problems, *refused]
     if not found:
         return Check("rows", "pass", f"all {usable:,} rows can be rendered")
@@ -227,8 +245,8 @@ def _rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[Da
     )
 
 
-def _lengths(rendered: Sequence[Rendered | None], limit: int) -> dict[str, Any]:
-    longest = [max(len(sample) for sample in r.samples) for r in rendered if r is not None and r.samples]
+def histogram(longest: Sequence[int], limit: int) -> dict[str, Any]:
+    """Histogram of row lengths in tokens, the longest of them, and the limit."""
     if not longest:
         return {"histogram": [], "longest": 0, "limit": limit}
     counts, edges = np.histogram(longest, bins=min(12, max(1, len(set(longest)))))
@@ -299,10 +317,8 @@ def _drop_untrained(
     return left
 
 
-def _stop_check(samples: Sequence[Sample], examples: Sequence[Example], renderer: Renderer, config: SFTConfig) -> Check:
-    """Every stretch of trained tokens ends in a stop token."""
-    if not config.assistant_only_loss:
-        return Check("stop", "pass", "every token is trained, the stop tokens included")
+def stop_check(samples: Sequence[Sample], examples: Sequence[Example | Pair], renderer: Renderer) -> Check:
+    """Whether every stretch of trained tokens ends in a stop token; ``examples`` are those that Samples count."""
     bad: dict[int, int] = {}
     stretches = 0
     stop_ids = np.array(sorted(renderer.stop_ids | {renderer.tokenizer.eos_token_id}))
@@ -324,7 +340,8 @@ def _stop_check(samples: Sequence[Sample], examples: Sequence[Example], renderer
     return Check("stop", "warn", message, "raise max_length, or add the stop token's id", rows[:MOST_ROWS])
 
 
-def _bos_check(samples: Sequence[Sample], renderer: Renderer) -> Check:
+def bos_check(samples: Sequence[Sample], renderer: Renderer) -> Check:
+    """Whether every document starts with one BOS, where the model has one."""
     if renderer.bos is None:
         return Check("bos", "pass", "the model has no BOS of its own")
     doubled = [sample for sample in samples if (sample.ids_T[:2] == renderer.bos).sum() == 2]
@@ -340,7 +357,8 @@ def _bos_check(samples: Sequence[Sample], renderer: Renderer) -> Check:
     return Check("bos", "refuse" if doubled else "warn", message, "take bos_token out of the text or add it", rows)
 
 
-def _text_check(results: Sequence[Rendered]) -> Check:
+def text_check(results: Sequence[Rendered]) -> Check:
+    """What happened while rows became text and tokens, and whether they hold the text of special tokens."""
     special = [r.samples[0].source for r in results if r.special_text]
     split, closed = sum(r.split for r in results), sum(r.closed_think for r in results)
     rewritten = sum(len(r.samples) > 1 for r in results)
@@ -373,5 +391,5 @@ def _duplicates(examples: Sequence[Example]) -> Check:
     return Check("duplicates", "warn", f"{len(again)} of {len(examples):,} rows repeat an earlier row", None, rows)
 
 
-def _row(example: Example, message: str) -> dict[str, Any]:
+def _row(example: Example | Pair, message: str) -> dict[str, Any]:
     return {"file": example.source.file, "row": example.source.row, "message": message}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from postgrad.checks.prepare import MOST_ROWS, Check
-from postgrad.types import Conversation, Example, TextRow
+from postgrad.types import Conversation, Example, Pair, TextRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ def parts(example: Example) -> Iterator[Part]:
                 yield Part(f"{field}.tool_calls", role, calls, called=True)
 
 
-def entry(example: Example, message: str) -> dict[str, Any]:
+def entry(example: Example | Pair, message: str) -> dict[str, Any]:
     """An affected row as a check lists it."""
     return {"file": example.source.file, "row": example.source.row, "message": message}
 
 
 def verdict(
     name: str,
-    found: Sequence[tuple[Example, str]],
+    found: Sequence[tuple[Example | Pair, str]],
     *,
     passing: str,
     warning: str,

@@ -14,24 +14,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
+from postgrad.data.columns import check_columns
 from postgrad.data.files import read_file
 from postgrad.data.folder import folder_files, is_saved
-from postgrad.data.formats import check_columns, mapped_but_absent, normalise_named, unused_message_keys
+from postgrad.data.formats import EXAMPLES, mapped_but_absent, unused_message_keys
 from postgrad.data.hub import from_dataset, read_hub, read_saved
 from postgrad.data.jsontext import dumps
-from postgrad.data.rows import Problems, RawRow, RawTable, Window
+from postgrad.data.rows import Problems, RawRow, RawTable, Reader, Row, Window
 from postgrad.data.spec import DEMO_FILES, Spec, parse_spec
 from postgrad.errors import ConfigError, DataError
-from postgrad.types import Example
 
 __all__ = ["LoadedData", "RawRow", "RawTable", "build_examples", "from_dataset", "load_examples", "read_rows"]
 
 
 @dataclass(slots=True)
-class LoadedData:
-    """Examples ready for rendering, and the account of how they came about.
+class LoadedData(Generic[Row]):
+    """Examples, pairs or tasks ready for rendering, and the account of how they came about.
 
     Args:
         examples: the examples, mixed by weight, data sets one after the other.
@@ -47,7 +47,7 @@ class LoadedData:
         notes: what else the user should know.
     """
 
-    examples: list[Example]
+    examples: list[Row]
     rows: list[dict[str, Any]]
     format: str
     problems: list[DataError]
@@ -103,7 +103,8 @@ def load_examples(
     text_field: str = "text",
     seed: int = 42,
     allow_empty: bool = False,
-) -> LoadedData:
+    reader: Reader[Any] = EXAMPLES,
+) -> LoadedData[Any]:
     """Read data sets, normalise their rows and mix them.
 
     Args:
@@ -118,12 +119,14 @@ def load_examples(
         text_field: column of plain-text rows.
         seed: seed of the sample that a fractional weight takes.
         allow_empty: return the problems even when they leave no row.
+        reader: what the rows are: ``EXAMPLES`` of :mod:`postgrad.data.formats`, ``PAIRS`` of
+            :mod:`postgrad.data.pairs` or ``TASKS`` of :mod:`postgrad.data.tasks`.
 
     Raises:
         DataError: for data that cannot be found, read or used; bad rows are collected and shown together.
         ConfigError: for a mapping or weights that make no sense.
     """
-    check_columns(columns or {})
+    check_columns(columns or {}, reader.keys)
     problems = Problems(skip_bad)
     tables, left = [], limit
     for spec in specs:
@@ -141,6 +144,7 @@ def load_examples(
         seed=seed,
         problems=problems,
         allow_empty=allow_empty,
+        reader=reader,
     )
 
 
@@ -155,23 +159,24 @@ def build_examples(
     seed: int = 42,
     problems: Problems | None = None,
     allow_empty: bool = False,
-) -> LoadedData:
+    reader: Reader[Any] = EXAMPLES,
+) -> LoadedData[Any]:
     """Normalise the rows of tables and mix them.
 
     Args:
         tables: what :func:`read_rows` or :func:`from_dataset` returned.
         problems: problems found while reading, to be reported together with those found here.
         allow_empty: return the problems even when they leave no row.
-        weights, limit, skip_bad, columns, text_field, seed: as in :func:`load_examples`.
+        weights, limit, skip_bad, columns, text_field, seed, reader: as in :func:`load_examples`.
 
     Raises:
         DataError: for rows that cannot be used; they are collected and shown together.
         ConfigError: for a mapping or weights that make no sense.
     """
-    check_columns(columns or {})
+    check_columns(columns or {}, reader.keys)
     _check_weights(weights, len(tables))
     problems = problems or Problems(skip_bad)
-    parts, formats = _normalise(tables, limit, columns or {}, text_field, problems)
+    parts, formats = _normalise(tables, limit, reader, columns or {}, text_field, problems)
     problems.raise_if_any()
     if not any(parts) and not (allow_empty and problems.count):
         raise problems.summary() if problems.count else _nothing_kept(*tables)
@@ -179,10 +184,10 @@ def build_examples(
     mixed = [_weighted(part, weight, f"{seed}:{index}") for index, (part, weight) in enumerate(
         zip(parts, weights or [1.0] * len(tables), strict=True)
     )]  # fmt: skip
-    for name, part, used in zip(names, parts, mixed, strict=True):
-        if part and not used:
+    for name, part, kept in zip(names, parts, mixed, strict=True):
+        if part and not kept:
             raise DataError(f"its weight leaves none of its {len(part)} rows", "give a larger weight", file=name)
-    pairs = [pair for part in mixed for pair in part]
+    used = [one for part in mixed for one in part]
     kinds = sorted(formats, key=lambda kind: (-formats[kind], kind))
     used_rows = [row.values for part in parts for row, _ in part]
     found = Counter(key for values in used_rows for key, value in values.items() if value is not None)
@@ -190,8 +195,8 @@ def build_examples(
     if absent:
         raise absent
     return LoadedData(
-        examples=[example for _, example in pairs],
-        rows=[row.values for row, _ in pairs],
+        examples=[example for _, example in used],
+        rows=[row.values for row, _ in used],
         format=_format_name(kinds, formats),
         problems=problems.kept,
         fingerprint=_fingerprint(tables, parts, weights, columns or {}, text_field),
@@ -203,9 +208,6 @@ def build_examples(
         notes=[note for table in tables for note in table.notes]
         + (_notes(names, parts, used_rows) if used_rows else []),
     )
-
-
-Pair = tuple[RawRow, Example]
 
 
 def _check_weights(weights: list[float] | None, tables: int) -> None:
@@ -222,19 +224,24 @@ def _format_name(kinds: list[str], formats: Counter[str]) -> str:
 
 
 def _normalise(
-    tables: list[RawTable], limit: int | None, columns: dict[str, str], text_field: str, problems: Problems
-) -> tuple[list[list[Pair]], Counter[str]]:
+    tables: list[RawTable],
+    limit: int | None,
+    reader: Reader[Row],
+    columns: dict[str, str],
+    text_field: str,
+    problems: Problems,
+) -> tuple[list[list[tuple[RawRow, Row]]], Counter[str]]:
     """Usable rows of each table, the first ``limit`` of all together, and how often each format occurs."""
     formats: Counter[str] = Counter()
-    parts: list[list[Pair]] = []
+    parts: list[list[tuple[RawRow, Row]]] = []
     left = limit
     for table in tables:
-        part: list[Pair] = []
+        part: list[tuple[RawRow, Row]] = []
         for row in table.rows:
             if left is not None and left <= 0:
                 break
             try:
-                example, kind = normalise_named(row, columns, text_field)
+                example, kind = reader.read(row, columns, text_field)
             except DataError as error:
                 problems.add(error)
                 continue
@@ -245,7 +252,7 @@ def _normalise(
     return parts, formats
 
 
-def _weighted(part: list[Pair], weight: float, seed: str) -> list[Pair]:
+def _weighted(part: list[tuple[RawRow, Row]], weight: float, seed: str) -> list[tuple[RawRow, Row]]:
     """Every row floor(weight) times, and a sample for the remaining share, each pass in file order."""
     whole = int(weight)
     extra = round((weight - whole) * len(part))
@@ -253,7 +260,7 @@ def _weighted(part: list[Pair], weight: float, seed: str) -> list[Pair]:
     return part * whole + [part[index] for index in chosen]
 
 
-def _notes(names: list[str], parts: list[list[Pair]], rows: list[dict[str, Any]]) -> list[str]:
+def _notes(names: list[str], parts: list[list[tuple[RawRow, Row]]], rows: list[dict[str, Any]]) -> list[str]:
     notes = [
         f"{name}: none of its rows is used, max_train_samples was reached before"
         for name, part in zip(names, parts, strict=True)
@@ -276,7 +283,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 def _fingerprint(
     tables: list[RawTable],
-    parts: list[list[Pair]],
+    parts: list[list[tuple[RawRow, Row]]],
     weights: list[float] | None,
     columns: dict[str, str],
     text_field: str,

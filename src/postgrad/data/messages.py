@@ -83,16 +83,35 @@ def check_turns(turns: list[Turn], place: Place, given: int = 0) -> None:
     if all(turn.get("weight") == 0 for _, turn in trained):
         cure = "give one assistant turn weight 1, or remove the row"
         raise place.error("nothing to train on: every assistant turn has weight 0", cure, whole)
-    before = ""
-    for field, turn in turns:
-        _check_order(before, turn["role"], field, place)
-        before = turn["role"]
+    before = _check_orders(turns, place)
     if before == "user":
         cure = "remove the last user turn, or add its answer"
         raise place.error("ends with a user turn that no answer follows", cure, turns[-1][0])
     if before == "tool":
         cure = "remove the tool result, or add the assistant's answer"
         raise place.error("ends with a tool result that no answer follows", cure, turns[-1][0])
+
+
+def check_question(turns: list[Turn], place: Place) -> None:
+    """Refuse conversations that do not end where an answer is due.
+
+    Raises:
+        DataError: naming the first turn that is out of order.
+    """
+    last = _check_orders(turns, place)
+    if last not in ("user", "tool"):
+        reason = f"ends with {'an assistant' if last == 'assistant' else 'a system'} turn, so that nothing is asked"
+        cure = "end with the user's turn" if last == "system" else "remove the last turn, or name the column 'messages'"
+        raise place.error(reason, cure, turns[-1][0])
+
+
+def _check_orders(turns: list[Turn], place: Place) -> str:
+    """Check each turn against the one before it; the last turn's role."""
+    before = ""
+    for field, turn in turns:
+        _check_order(before, turn["role"], field, place)
+        before = turn["role"]
+    return before
 
 
 def _check_order(before: str, role: str, field: str, place: Place) -> None:

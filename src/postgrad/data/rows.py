@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from postgrad.errors import DataError
 from postgrad.types import Source
@@ -20,6 +21,23 @@ class RawRow:
 
     source: Source
     values: dict[str, Any]
+
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Reader(Generic[Row]):
+    """How rows of one kind are read: to imitate, to compare or to answer.
+
+    Args:
+        read: a row, the mapping of columns and the column of plain text → what the row means, and its format's name;
+            raises DataError for a row that cannot be used.
+        keys: what ``columns`` may map.
+    """
+
+    read: Callable[[RawRow, dict[str, str], str], tuple[Row, str]]
+    keys: tuple[str, ...]
 
 
 @dataclass(slots=True)

@@ -6,18 +6,21 @@ import hashlib
 from collections.abc import Sequence
 
 from postgrad.data.formats import prompt_key
-from postgrad.types import Example, Source
+from postgrad.types import Example, Pair, Source, Task
 
 
 def split_heldout(
-    examples: Sequence[Example], share: float = 0.1, most: int = 200, least_rows: int = 20
+    examples: Sequence[Example] | Sequence[Pair] | Sequence[Task],
+    share: float = 0.1,
+    most: int = 200,
+    least_rows: int = 20,
 ) -> tuple[list[int], list[int]]:
     """Divide examples into a training and a held-out part.
 
     Rows with the same prompt fall on the same side. A row that weighting repeats is held out once.
 
     Args:
-        examples: all examples.
+        examples: all examples, pairs or tasks.
         share: expected share of prompts held out.
         most: at most so many prompts are held out; those with the lowest hashes.
         least_rows: with fewer rows nothing is held out.
