@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from postgrad.checks.disk import disk_check
 from postgrad.checks.isolation import isolation_check
 from postgrad.checks.pairs import prepare_pairs
+from postgrad.checks.tasks import prepare_tasks
 from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
 from postgrad.checks.quality import quality_checks
 from postgrad.checks.rehearsal import rehearse
@@ -19,9 +20,12 @@ from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.display import Display
 from postgrad.errors import ConfigError, DataError, TrainingStopped
-from postgrad.method_config import DPOConfig
+from postgrad.evaluate import question_of
+from postgrad.method_config import DPOConfig, GRPOConfig
 from postgrad.methods.dpo import DPO
+from postgrad.methods.grpo import GRPO
 from postgrad.methods.method import Method
+from postgrad.methods.reference import Reference
 from postgrad.model import adapters
 from postgrad.model.load import (
     DTYPES,
@@ -33,16 +37,18 @@ from postgrad.model.load import (
 from postgrad.model.packed import PackedModel
 from postgrad.model.template import Chat, freeze_variables
 from postgrad.resuming import computed
+from postgrad.rewards.contract import Reward
+from postgrad.rollouts import Judge, Rollouts
 from postgrad.runs import Run
 from postgrad.train.loop import Job
 from postgrad.train.order import DataOrder
-from postgrad.types import Conversation, Example
+from postgrad.types import Conversation, Example, Pair, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-PREPARE: dict[str, Callable[..., Prepared]] = {"sft": prepare, "dpo": prepare_pairs}
+PREPARE: dict[str, Callable[..., Prepared[Any]]] = {"sft": prepare, "dpo": prepare_pairs, "grpo": prepare_tasks}
 
 
 @dataclass(slots=True)
@@ -55,13 +61,15 @@ class Data:
         heldout_how: how the held-out part came about, in words.
         facts: for ``environment.json``.
         problems: rows left out while reading.
+        rewards: what judges answers to them (online RL).
     """
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Sequence[Example | Pair | Task]
+    heldout: Sequence[Example | Pair | Task]
     heldout_how: str
     facts: dict[str, Any]
     problems: list[DataError] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
 
 
 def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
@@ -85,7 +93,7 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
 def freeze_template(
     config: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Pair | Task],
     run: Run | None = None,
     today: date | None = None,
 ) -> None:
@@ -163,6 +171,7 @@ def examine_rows(
 def make_job(
     config: SFTConfig,
     loaded: LoadedModel,
+    data: Data,
     prepared: Prepared,
     heldout: Prepared | None,
     packed: PackedModel,
@@ -190,16 +199,44 @@ def make_job(
         eval_samples=heldout.samples if heldout else [],
         config=config,
         run=run,
-        method=make_method(config),
+        method=make_method(config, loaded, prepared, data, packed, choices, run, display),
         compute_dtype=DTYPES[choices["compute_dtype"]],
         identity=identity,
         display=display,
     )
 
 
-def make_method(config: SFTConfig) -> Method:
-    """What makes a step's loss."""
-    return DPO(config) if isinstance(config, DPOConfig) else Method()
+def make_method(
+    config: SFTConfig,
+    loaded: LoadedModel,
+    prepared: Prepared[Any],
+    data: Data,
+    packed: PackedModel,
+    choices: dict[str, Any],
+    run: Run,
+    display: Display,
+) -> Method:
+    """What makes a step's documents and loss."""
+    if isinstance(config, DPOConfig):
+        return DPO(config)
+    if not isinstance(config, GRPOConfig):
+        return Method()
+    dtype = DTYPES[choices["compute_dtype"]]
+    order = DataOrder(len(prepared.examples), config)
+    prompts = [sample.ids_T[: -config.max_completion_length] for sample in prepared.samples[:: config.num_generations]]
+    judge = Judge(data.rewards, config.reward_timeout, loaded.chat.stop_ids, run, display, order.total_steps)
+    roller = Rollouts(
+        packed,
+        loaded.tokenizer,
+        prepared.examples,
+        [prompt.tolist() for prompt in prompts],
+        judge,
+        config,
+        token_budget=choices["token_budget"],
+        compute_dtype=dtype,
+        reference=Reference(packed, dtype) if config.beta else None,
+    )
+    return GRPO(config, roller)
 
 
 def try_out(job: Job, choices: dict[str, Any], resumes: bool) -> None:
@@ -234,11 +271,12 @@ def try_out(job: Job, choices: dict[str, Any], resumes: bool) -> None:
 
 
 def _quality(config: SFTConfig, train: Prepared, heldout: Prepared | None, renderer: Renderer) -> list[Check]:
+    """What the rows say; of pairs, their prompts and chosen answers."""
     return quality_checks(
-        train.examples,
-        heldout.examples if heldout else [],
+        [question_of(row) for row in train.examples],
+        [question_of(row) for row in heldout.examples] if heldout else [],
         read_questions(config.questions),
-        train.samples,
+        train.samples[::2] if config.method == "dpo" else train.samples,
         renderer.special_pattern,
     )
 
@@ -249,10 +287,10 @@ def _heldout(item: Check) -> Check:
     )
 
 
-def _mostly_reasoning(examples: Sequence[Example]) -> bool:
+def _mostly_reasoning(rows: Sequence[Example | Pair | Task]) -> bool:
     turns = [
         message
-        for example in examples
+        for example in map(question_of, rows)
         if isinstance(example, Conversation)
         for message in example.messages
         if message["role"] == "assistant"

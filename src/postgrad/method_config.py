@@ -97,7 +97,9 @@ class GRPOConfig(SFTConfig):
 
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="NAME of the run directory.")
     per_device_train_batch_size: int = Field(
-        8, gt=0, description="Completions of one device in one accumulation step; num_generations of them share a prompt."
+        8,
+        gt=0,
+        description="Completions of one device in one accumulation step; num_generations of them share a prompt.",
     )
     learning_rate: float = Field(1e-6, ge=0, description="Peak learning rate.")
     num_generations: int = Field(8, gt=1, description="Completions of each prompt, which are compared.")
@@ -176,7 +178,9 @@ class GRPOConfig(SFTConfig):
         if self.overlong_cache is not None and self.overlong_cache > self.max_completion_length:
             raise ValueError("overlong_cache is longer than max_completion_length")
         if self.load_best_model_at_end or self.early_stopping_patience:
-            raise ValueError("load_best_model_at_end and early_stopping_patience need a loss that falls: leave them out")
+            raise ValueError(
+                "load_best_model_at_end and early_stopping_patience need a loss that falls: leave them out"
+            )
         return self
 
 

@@ -215,6 +215,6 @@ def make_ready(
         prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
         prepared, heldout = refer(config, packed, choices, prepared, heldout, run, display)
-        job = make_job(config, loaded, prepared, heldout, packed, choices, run, display)
+        job = make_job(config, loaded, data, prepared, heldout, packed, choices, run, display)
         try_out(job, choices, resumes=resume_from is not None)
     return Ready(job, make_exam(config, loaded, renderer, heldout), choices)

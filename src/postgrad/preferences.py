@@ -140,7 +140,9 @@ def _verdict(found: Row) -> dict[str, str]:
     ]
     if nearer is not None:
         parts.append(
-            change("answers nearer to the chosen one", nearer["difference"], nearer["before"], nearer["after"], "{:.0%}")
+            change(
+                "answers nearer to the chosen one", nearer["difference"], nearer["before"], nearer["after"], "{:.0%}"
+            )
         )
     if found["pairs"] < LEAST_ROWS:
         text = f"Only {found['pairs']} held-out pairs: too few for a verdict. " + "; ".join(parts)

@@ -160,7 +160,7 @@ def refer(
 
 
 def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldout: Prepared | None) -> Exam:
-    """What is asked before and after; of pairs the chosen answer is scored as a row's own, the rejected one beside it."""
+    """What is asked before and after; of a pair the chosen answer is scored as a row is, the rejected one beside it."""
     samples = heldout.samples if heldout else []
     of_pairs = config.method == "dpo"
     return Exam(

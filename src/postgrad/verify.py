@@ -37,7 +37,6 @@ from postgrad.recording import write_config
 from postgrad.runs import Run
 from postgrad.stages import Data, fit, load, load_data
 from postgrad.train import checkpoint
-from postgrad.types import Example
 
 STEPS = 4  # the fewest with checkpoints inside an epoch, at its end, and in the next one
 HELDOUT_ROWS = 8  # an evaluation must happen in between; how much it reads does not matter
@@ -293,7 +292,7 @@ def _few(data: Data, config: RunConfig) -> Data:
     return data
 
 
-def _spread(rows: Sequence[Example], count: int) -> list[Example]:
+def _spread(rows: Sequence[Any], count: int) -> list[Any]:
     """``count`` rows evenly from the whole, so that each of several data sets has a part."""
     return [rows[index * len(rows) // count] for index in range(count)] if count < len(rows) else list(rows)
 

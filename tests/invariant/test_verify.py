@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from postgrad.methods.method import Method
 from postgrad.train import checkpoint, loop
 from postgrad.train.optim import MasterOptimizer
 from program import SMALL, Result, command, ending, fork, reliability, signal_at
@@ -179,8 +180,8 @@ def test_a_device_that_does_not_repeat_itself(verify: Callable[..., Result], mon
     """As a GPU's atomic additions: each pass adds a rounding error of its own. It is told, not hidden."""
     original, noise = Method.gradient, random.Random()
 
-    def gradient(packed: Any, batch: Any, scale: float) -> Any:
-        found = original(packed, batch, scale)
+    def gradient(self: Any, packed: Any, *arguments: Any) -> Any:
+        found = original(self, packed, *arguments)
         for parameter in packed.model.parameters():
             parameter.grad.mul_(1 + noise.random() * 1e-3)
         return found

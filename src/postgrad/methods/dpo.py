@@ -50,7 +50,9 @@ class DPO(Method):
             return [[batch] for batch in batches]
         return [list(batches[i : i + 2]) for i in range(0, len(batches), 2)]
 
-    def gradient(self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float) -> list[Pass]:
+    def gradient(
+        self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float
+    ) -> list[Pass]:
         """See :meth:`Method.gradient`; the −log p are those of both answers' tokens."""
         loss_S, scores, logps = self._forward(packed, unit, samples)
         loss = loss_S.sum() * scale

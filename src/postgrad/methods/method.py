@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from postgrad.types import Batch, Sample
 
 Pass = tuple[torch.Tensor, Batch, torch.Tensor]  # loss, batch, −log p of each trained token
 Numbers = dict[str, torch.Tensor]  # name → scalar on the model's device
+Memory = dict[str, Any]  # what a method carries from step to step, in JSON's types: it is in every checkpoint
 
 
 class Method:
@@ -25,6 +27,16 @@ class Method:
     share = False  # whether an example's documents may begin alike, so that their beginning is computed once
     known_ahead = True  # whether a later step's documents are known before this step's update
 
+    def documents(self, planned: Sequence[Sample], step: int, memory: Memory) -> list[Sample]:
+        """The documents of a step.
+
+        Args:
+            planned: those that the data order gives the step.
+            step: from 0.
+            memory: what the method carries from step to step; changed in place.
+        """
+        return list(planned)
+
     def denominator(self, samples: Sequence[Sample]) -> float:
         """What a step's sum is divided by: the weight of its trained tokens."""
         return float(sum(float(sample.weights_T[1:].sum()) for sample in samples))
@@ -36,7 +48,9 @@ class Method:
         """Batches that one backward pass takes, in order."""
         return [[batch] for batch in batches]
 
-    def gradient(self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float) -> list[Pass]:
+    def gradient(
+        self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float
+    ) -> list[Pass]:
         """A unit's part of the step's loss, and its gradient in ``parameter.grad``.
 
         Args:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from postgrad.model import adapters
 from postgrad.model.packed import PackedModel
 from postgrad.model.switches import weights_in
 from postgrad.types import Batch, Sample, Scored
@@ -69,3 +72,28 @@ def with_reference(samples: Sequence[Sample], logps: Sequence[np.ndarray]) -> li
         else Scored(sample.ids_T, sample.weights_T, sample.source, sample.example, logps_N)
         for sample, logps_N in zip(samples, logps, strict=True)
     ]
+
+
+class Reference:
+    """The starting model beside the one that is trained.
+
+    Without adapters it is a copy of the weights; under a new adapter it is the model with the adapter switched off,
+    which costs no memory.
+
+    Args:
+        packed: the starting model, untouched.
+        dtype: of the copied weights.
+    """
+
+    def __init__(self, packed: PackedModel, dtype: torch.dtype) -> None:
+        self.packed, self._switched = packed, adapters.is_new(packed.model)
+        if not self._switched:
+            model = copy.deepcopy(packed.model).to(dtype).requires_grad_(False)
+            self.packed = PackedModel(model, replace(packed.choices, compiled=False, graphed=False, recomputed=False))
+
+    def token_logprobs(self, samples: Sequence[Sample], token_budget: int, **options: Any) -> list[np.ndarray]:
+        """What :func:`token_logprobs` gives under the starting model; arguments as there."""
+        if not self._switched:
+            return token_logprobs(self.packed, samples, token_budget, **options)
+        with adapters.switched_off(self.packed.model):
+            return token_logprobs(self.packed, samples, token_budget, **options)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,6 +318,23 @@ def without_gradient_at_first(model: PreTrainedModel) -> set[str]:
     named = dict(model.named_parameters())
     pairs = [(name, name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")) for name in named]
     return {a for a, b in pairs if a != b and b in named and not bool(named[b].any())}
+
+
+def is_new(model: PreTrainedModel) -> bool:
+    """Whether the model carries an adapter that changes nothing yet: all of its factors B are zero."""
+    named = dict(model.named_parameters())
+    pairs = {name for name in named if "lora_A" in name or "embedding_A" in name}
+    return bool(pairs) and len(without_gradient_at_first(model)) == len(pairs)
+
+
+@contextmanager
+def switched_off(model: PreTrainedModel) -> Iterator[None]:
+    """The base model inside the block, and the adapter on top again after it."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
 
 
 def _refuse_unsupported(settings: Any) -> None:

@@ -71,7 +71,19 @@ class PackedModel:
 
     def __init__(self, model: PreTrainedModel, choices: Choices) -> None:
         self.model, self.choices = model, choices
+        self.native = model.config._attn_implementation
         self.graphs: GraphedPasses | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The model as :func:`postgrad.generate.generate` takes it, also inside :meth:`attention`."""
+        packed = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self.native)
+        try:
+            with compiled_layers(self.model, False):
+                yield
+        finally:
+            self.model.set_attn_implementation(packed)
 
     @contextmanager
     def attention(self, training: bool = False) -> Iterator[None]:

@@ -42,6 +42,7 @@ class LoopState:
         bad_evaluations: evaluations since then.
         finished: early stopping has ended the run.
         token_budget: most tokens of one forward pass; shrinks when memory runs out.
+        memory: what the method carries from step to step.
         log_history: every logged row, as ``trainer.state.log_history``.
     """
 
@@ -58,6 +59,7 @@ class LoopState:
     best_step: int | None = None
     bad_evaluations: int = 0
     finished: bool = False
+    memory: dict[str, Any] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -167,7 +167,7 @@ def _interrupt(job: Job, state: LoopState, optimizer: MasterOptimizer, order: Da
 def _one_step(job: Job, state: LoopState, optimizer: MasterOptimizer, order: DataOrder, rate: float) -> StepResult:
     """One optimizer step."""
     started = time.perf_counter()
-    samples = job.samples_of(order, state.step)
+    samples = job.method.documents(job.samples_of(order, state.step), state.step, state.memory)
     random_state = checkpoint.random_state()
     passes = accumulate(job, state, samples, optimizer)
     guard = spikes.guard(state, job.config)
