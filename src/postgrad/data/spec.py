@@ -19,7 +19,13 @@ KINDS = {
     ".parquet": "parquet",
 }
 FORMATS = "JSONL, JSON, CSV, TSV (each also .gz) and Parquet"
-DEMO_FILES = {"train": "train.jsonl", "heldout": "heldout.jsonl", "more": "train_more.jsonl"}
+DEMO_FILES = {
+    "train": "train.jsonl",
+    "heldout": "heldout.jsonl",
+    "more": "train_more.jsonl",
+    "identity": "identity_train.jsonl",
+    "identity_heldout": "identity_heldout.jsonl",
+}
 
 _SLICE = re.compile(r"\[([^\[\]]*)\]$")
 _BOUND = re.compile(r"(-?\d+)(%?)$")
