@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from importlib import resources
@@ -18,6 +19,8 @@ from postgrad.config import SFTConfig
 from postgrad.data.load import load_examples
 from postgrad.data.pairs import PAIRS, pair_texts
 from postgrad.data.render import Renderer, RenderOptions
+from postgrad.errors import PostgradError
+from postgrad.model.load import load_tokenizer
 from postgrad.types import Pair
 
 FILES = {"demo:identity": ("identity_train.jsonl", 60, 40), "demo:identity_heldout": ("identity_heldout.jsonl", 24, 16)}
@@ -111,11 +114,21 @@ def test_length_does_not_tell_the_preference(name: str) -> None:
         assert sign_test(sum(one > 0 for one in lengths), sum(one < 0 for one in lengths)) > 0.2
 
 
+def renderer(tokenizer: str) -> Renderer:
+    if tokenizer == "tiny":
+        made = tiny.tokenizer()
+        return Renderer(made, [made.eos_token_id], RenderOptions())
+    try:
+        real, chat, _ = load_tokenizer(os.environ.get("POSTGRAD_TEST_SMOLLM2") or "smollm2-demo")
+    except PostgradError as error:
+        pytest.skip(f"no demo model: {error}")
+    return Renderer(real, chat.stop_ids, RenderOptions())
+
+
+@pytest.mark.parametrize("tokenizer", ["tiny", "smollm2"])
 @pytest.mark.parametrize("name", FILES)
-def test_every_pair_renders_and_passes_every_check(name: str) -> None:
-    tokenizer = tiny.tokenizer()
-    renderer = Renderer(tokenizer, [tokenizer.eos_token_id], RenderOptions())
+def test_every_pair_renders_and_passes_every_check(name: str, tokenizer: str) -> None:
     pairs = pairs_of(name)
-    found = prepare_pairs(pairs, renderer, SFTConfig(load_from_cache_file=False), limit=512)
+    found = prepare_pairs(pairs, renderer(tokenizer), SFTConfig(load_from_cache_file=False), limit=512)
     assert [(check.name, check.message) for check in found.checks if check.status != "pass"] == []
     assert found.counts["examples"] == len(pairs) and len(found.samples) == 2 * len(pairs)
