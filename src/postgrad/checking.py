@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from postgrad.checks.disk import disk_check
 from postgrad.checks.isolation import isolation_check
+from postgrad.checks.pairs import prepare_pairs
 from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
 from postgrad.checks.quality import quality_checks
 from postgrad.checks.rehearsal import rehearse
@@ -32,7 +33,7 @@ from postgrad.resuming import computed
 from postgrad.runs import Run
 from postgrad.train.loop import Job
 from postgrad.train.order import DataOrder
-from postgrad.types import Conversation, Example
+from postgrad.types import Conversation, Example, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +58,8 @@ class Data:
     problems: list[DataError] = field(default_factory=list)
 
 
-def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
-    """Render and check data for a model without loading its weights: ``postgrad data check``."""
+def examine(config: RunConfig, data: LoadedData[Any]) -> tuple[Prepared[Any], Renderer]:
+    """Render and check examples, or pairs, for a model without loading its weights: ``postgrad data check``."""
     tokenizer, chat, context = load_tokenizer(
         config.model_name_or_path,
         revision=config.model_revision,
@@ -67,9 +68,12 @@ def examine(config: RunConfig, data: LoadedData) -> tuple[Prepared, Renderer]:
         eos_token=config.eos_token,
         pad_token=config.pad_token,
     )
-    freeze_template(config, tokenizer, data.examples)
+    pairs = [example for example in data.examples if isinstance(example, Pair)]
+    freeze_template(config, tokenizer, [pair.chosen for pair in pairs] or data.examples)
     renderer = make_renderer(config, tokenizer, chat)
     options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
+    if pairs:
+        return prepare_pairs(pairs, renderer, config, limit=context, **options), renderer
     prepared = prepare(data.examples, renderer, config, limit=context, **options)
     prepared.checks += _quality(config, prepared, None, renderer)
     return prepared, renderer
