@@ -90,6 +90,13 @@ def test_all_bad_rows_are_told_together_or_left_out(tmp_path: Path) -> None:
 
 
 def test_sft_says_which_command_takes_pairs(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}])
-    with pytest.raises(DataError, match="use 'postgrad dpo'"):
-        load_examples([path])
+    explicit = {"prompt": [Q], "chosen": [GOOD], "rejected": [BAD]}
+    for row, columns in ((explicit, {"prompt": "prompt", "completion": "chosen"}), (IMPLICIT, {"messages": "chosen"})):
+        path = write_jsonl(tmp_path / "a.jsonl", [row])
+        mapping = ", ".join(f"{key}: {column}" for key, column in columns.items())
+        with pytest.raises(DataError, match="use 'postgrad dpo'") as caught:
+            load_examples([path])
+        assert caught.value.cure and f"columns='{{{mapping}}}'" in caught.value.cure
+        # What the error suggests works.
+        (example,) = load_examples([path], columns=columns).examples
+        assert example.messages == [Q, GOOD]

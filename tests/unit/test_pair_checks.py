@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import templates
 import tiny
+from postgrad.checks import rendered
 from postgrad.checks.pairs import prepare_pairs, sign_test
 from postgrad.checks.prepare import Check, Prepared, overlap_check, report
 from postgrad.config import SFTConfig
@@ -24,6 +26,7 @@ from postgrad.report import write_report
 from postgrad.runs import Run
 from postgrad.tables import data_table
 from postgrad.types import Pair, Sample, Scored, Source, TextRow
+from program import Result, write_jsonl
 
 # Opens a think block where thinking is on, so that two answers of one prompt can see different prompts.
 THINKING = tiny.CHATML.replace(
@@ -291,6 +294,15 @@ def test_fingerprint_knows_which_answer_is_preferred() -> None:
     assert prepared(FINE).fingerprint == prepared(list(FINE)).fingerprint != prepared(turned).fingerprint
 
 
+def test_tokens_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(rendered, "LEAST_BYTES", 0)
+    using, notes = renderer(), list[str]()
+    first, again = (prepare_pairs(FINE, using, SFTConfig(), limit=512, note=notes.append) for _ in range(2))
+    assert "come from the cache" in notes[-1]
+    assert first.fingerprint == again.fingerprint == prepared(FINE, using).fingerprint
+
+
 def test_report_shows_both_answers() -> None:
     using = renderer()
     content = report(prepared(FINE, using), using)
@@ -347,3 +359,25 @@ def test_both_answers_stay_or_go_together(rows: list[tuple[str, str, str]], limi
 
 
 USING = renderer()
+
+
+PAIR_ROWS = [
+    {"prompt": f"one {n}", "chosen": [assistant(f"alpha {n}")], "rejected": [assistant(f"beta {n}")]} for n in range(3)
+]
+
+
+def test_data_show_and_check(cli: Callable[..., Result], model_folder: Callable[..., str], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", PAIR_ROWS)
+    found = cli("data", "show", "pairs.jsonl", "--method", "dpo", "-n", "1", "--json").json()
+    row = {"source": "pairs.jsonl:1", "prompt": "one 0", "response": "alpha 0", "rejected": "beta 0"}
+    assert found == {"rows": 3, "format": "prompt+chosen+rejected", "preview": [row]}
+    model = model_folder()
+    tokens = cli("data", "show", "pairs.jsonl", "--method", "dpo", "-n", "1", "-m", model, "--tokens", "--json").json()
+    assert [view["source"] for view in tokens["documents"]] == ["pairs.jsonl:1, chosen", "pairs.jsonl:1, rejected"]
+    checked = cli("data", "check", "pairs.jsonl", "--method", "dpo", "-m", model, "--json")
+    assert checked.code == 0 and checked.json()["counts"]["samples"] == 6
+    write_jsonl(tmp_path / "same.jsonl", [*PAIR_ROWS, {**PAIR_ROWS[0], "rejected": PAIR_ROWS[0]["chosen"]}])
+    refused = cli("data", "check", "same.jsonl", "--method", "dpo", "-m", model, "--json")
+    assert refused.code == 3 and refused.json()["ok"] is False
+    wrong = cli("data", "check", "pairs.jsonl", "--json")
+    assert wrong.code == 2 and "postgrad dpo" in wrong.json()["problems"][0]["cure"]

@@ -13,21 +13,17 @@ from typing import Any, Generic
 
 import numpy as np
 
+from postgrad.checks.preview import first_rows, first_tokens
 from postgrad.checks.rendered import render
 from postgrad.config import SFTConfig
 from postgrad.data.formats import prompt_key
-from postgrad.data.pairs import pair_texts
 from postgrad.data.render import Rendered, Renderer
 from postgrad.data.rows import Row
-from postgrad.data.show import token_view
 from postgrad.errors import CheckError, DataError
 from postgrad.evaluate import shown
-from postgrad.redaction import hide, secret_kinds
 from postgrad.types import Example, Pair, Sample, TokenRow
 
 MOST_ROWS = 20
-PREVIEW_ROWS = 5
-TOKEN_VIEWS = 3
 
 
 @dataclass(slots=True)
@@ -138,18 +134,9 @@ def report(prepared: Prepared[Any], renderer: Renderer, more: Sequence[Check] = 
         "checks": [asdict(check) for check in [*prepared.checks, *more]],
         "counts": prepared.counts,
         "lengths": prepared.lengths,
-        "preview": [_preview(example) for example in prepared.examples[:PREVIEW_ROWS]],
-        "tokens": _token_views(prepared.samples, renderer),
+        "preview": first_rows(prepared.examples),
+        "tokens": first_tokens(prepared.samples, prepared.examples, renderer.tokenizer),
     }
-
-
-def _preview(example: Example | Pair) -> dict[str, str]:
-    if isinstance(example, Pair):
-        prompt, response, rejected = pair_texts(example)
-        more = {"rejected": hide(rejected)}
-    else:
-        (prompt, response), more = shown(example), {}
-    return {"source": str(example.source), "prompt": hide(prompt), "response": hide(response), **more}
 
 
 def add_checks(content: dict[str, Any], checks: Sequence[Check]) -> dict[str, Any]:
@@ -207,17 +194,6 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         digest.update(sample.ids_T.tobytes())
         digest.update(sample.weights_T.tobytes())
     return digest.hexdigest()
-
-
-def _token_views(samples: Sequence[Sample], renderer: Renderer) -> list[dict[str, Any]]:
-    """The first documents without a secret: hidden tokens would no longer be the exact ones."""
-    views: list[dict[str, Any]] = []
-    for sample in samples:
-        if len(views) == TOKEN_VIEWS:
-            break
-        if not secret_kinds(str(renderer.tokenizer.decode(sample.ids_T.tolist()))):
-            views.append(token_view(sample, renderer.tokenizer))
-    return views
 
 
 def rows_check(usable: int, problems: Sequence[DataError], refused: Sequence[DataError], skip_bad: bool) -> Check:

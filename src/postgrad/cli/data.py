@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,16 @@ ITEMS = Annotated[
 ]
 
 
+class Method(StrEnum):
+    """What rows are for."""
+
+    sft = "sft"
+    dpo = "dpo"
+
+
+METHOD = Annotated[Method, typer.Option("--method", help="What the rows are for: to imitate (sft) or compare (dpo).")]
+
+
 @app.command()
 def show(
     data: FILE,
@@ -28,6 +39,7 @@ def show(
     model: MODEL = None,
     rows: Annotated[int, typer.Option("-n", "--rows", help="How many rows.", min=1)] = 5,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show the exact tokens; needs -m.")] = False,
+    method: METHOD = Method.sft,
     as_json: JSON = False,
 ) -> None:
     """Show rows as a table, or the exact tokens a model would train on.
@@ -35,16 +47,17 @@ def show(
     \b
       postgrad data show chats.jsonl
       postgrad data show chats.jsonl -m smollm2-demo --tokens -n 2
+      postgrad data show pairs.jsonl --method dpo
     """
     from postgrad.errors import ConfigError
 
     if tokens and model is None:
         raise ConfigError("--tokens needs a model", "give -m MODEL")
-    config, loaded = _load(data, items, model, allow_empty=False)
+    config, loaded = _load(data, items, model, method, allow_empty=False)
     from rich.console import Console
 
     from postgrad import tables
-    from postgrad.evaluate import shown
+    from postgrad.checks.preview import preview
 
     console = Console()
     if tokens:
@@ -58,31 +71,31 @@ def show(
             )
             console.print(tables.token_text(view), "")
         return
-    preview = []
-    for example in loaded.examples[:rows]:
-        prompt, response = shown(example)
-        preview.append({"source": str(example.source), "prompt": prompt, "response": response})
+    first = [preview(example) for example in loaded.examples[:rows]]
     if as_json:
-        emit({"rows": len(loaded.examples), "format": loaded.format, "preview": preview})
+        emit({"rows": len(loaded.examples), "format": loaded.format, "preview": first})
         return
-    title = f"{len(loaded.examples):,} rows, format {loaded.format}; the first {len(preview)}"
-    console.print(tables.data_table(preview, title))
+    title = f"{len(loaded.examples):,} rows, format {loaded.format}; the first {len(first)}"
+    console.print(tables.data_table(first, title))
 
 
 @app.command()
-def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = False) -> None:
+def check(
+    data: FILE, items: ITEMS = None, model: MODEL = None, method: METHOD = Method.sft, as_json: JSON = False
+) -> None:
     """Check every row; with a model also what would be trained. Exit code 2 for bad rows, 3 for a refusal.
 
     \b
       postgrad data check chats.jsonl
       postgrad data check chats.jsonl -m smollm2-demo --json
       postgrad data check chats.jsonl -m smollm2-demo max_length=1024 excess_length_strategy=drop
+      postgrad data check pairs.jsonl -m smollm2-demo --method dpo
     """
     from postgrad.errors import DataError
 
     result: dict[str, Any] = {"data": data, "rows": 0, "usable_rows": 0, "format": "unknown", "notes": []}
     try:
-        config, loaded = _load(data, items, model, allow_empty=True)
+        config, loaded = _load(data, items, model, method, allow_empty=True)
     except DataError as error:  # the file as a whole cannot be read
         examples, problems = [], [error]
     else:
@@ -109,12 +122,18 @@ def check(data: FILE, items: ITEMS = None, model: MODEL = None, as_json: JSON = 
     raise typer.Exit(code)
 
 
-def _load(data: str, items: list[str] | None, model: str | None, allow_empty: bool) -> tuple[RunConfig, LoadedData]:
+def _load(
+    data: str, items: list[str] | None, model: str | None, method: Method, allow_empty: bool
+) -> tuple[RunConfig, LoadedData[Any]]:
     from postgrad.config_file import load_config
+    from postgrad.data.formats import EXAMPLES
     from postgrad.data.load import load_examples
+    from postgrad.data.pairs import PAIRS
+    from postgrad.data.rows import Reader
 
     values = settings(items, model or "smollm2-demo", [data], None)
     config = load_config(None, values)
+    readers: dict[Method, Reader[Any]] = {Method.sft: EXAMPLES, Method.dpo: PAIRS}
     loaded = load_examples(
         [data],
         split=config.dataset_train_split,
@@ -126,21 +145,22 @@ def _load(data: str, items: list[str] | None, model: str | None, allow_empty: bo
         columns=config.columns,
         text_field=config.dataset_text_field,
         seed=config.seed,
+        reader=readers[method],
     )
     return config, loaded
 
 
-def _token_views(config: RunConfig, loaded: LoadedData, rows: int) -> list[dict[str, Any]]:
+def _token_views(config: RunConfig, loaded: LoadedData[Any], rows: int) -> list[dict[str, Any]]:
     from dataclasses import replace
 
     from postgrad import checking
     from postgrad.checks.prepare import require
-    from postgrad.data.show import token_view
+    from postgrad.checks.preview import token_views
 
     few = replace(loaded, examples=loaded.examples[:rows])
     prepared, renderer = checking.examine(config, few)
     require(prepared.checks)
-    return [token_view(sample, renderer.tokenizer) for sample in prepared.samples]
+    return list(token_views(prepared.samples, prepared.examples, renderer.tokenizer))
 
 
 def _print(result: dict[str, Any]) -> None:

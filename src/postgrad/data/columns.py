@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from postgrad.data.messages import Place
+from postgrad.data.messages import ROLES, Place
 from postgrad.data.rows import excerpt
 from postgrad.errors import ConfigError, DataError
 
@@ -183,8 +183,7 @@ def unknown_format(values: dict[str, Any], text_field: str, place: Place) -> Dat
 def preference_error(values: dict[str, Any], place: Place) -> DataError:
     """The error for rows that compare answers instead of giving one."""
     if "chosen" in values:
-        chat = isinstance(values["chosen"], list)
-        way = "{messages: chosen}" if chat else "{prompt: prompt, completion: chosen}"
+        way = "{messages: chosen}" if _is_whole_chat(values["chosen"]) else "{prompt: prompt, completion: chosen}"
         reason = "this is preference data (chosen and rejected), for DPO and not for SFT"
         cure = f"use 'postgrad dpo'; or say columns='{way}' to imitate the chosen answers only"
         return place.error(reason, cure, "chosen")
@@ -194,6 +193,14 @@ def preference_error(values: dict[str, Any], place: Place) -> DataError:
         "rejected, and use 'postgrad dpo'; or keep the rows labelled true without the column 'label'"
     )
     return place.error(reason, cure, "label")
+
+
+def _is_whole_chat(value: Any) -> bool:
+    """Whether a list of messages begins with something else than an answer."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    role = value[0].get("role", value[0].get("from"))
+    return ROLES.get(str(role).lower()) != "assistant"
 
 
 def _found(wanted: str, values: dict[str, Any]) -> str:

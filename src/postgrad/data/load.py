@@ -188,7 +188,6 @@ def build_examples(
         if part and not kept:
             raise DataError(f"its weight leaves none of its {len(part)} rows", "give a larger weight", file=name)
     used = [one for part in mixed for one in part]
-    kinds = sorted(formats, key=lambda kind: (-formats[kind], kind))
     used_rows = [row.values for part in parts for row, _ in part]
     found = Counter(key for values in used_rows for key, value in values.items() if value is not None)
     absent = mapped_but_absent(columns or {}, found) if used_rows else None
@@ -197,7 +196,7 @@ def build_examples(
     return LoadedData(
         examples=[example for _, example in used],
         rows=[row.values for row, _ in used],
-        format=_format_name(kinds, formats),
+        format=_format_name(formats),
         problems=problems.kept,
         fingerprint=_fingerprint(tables, parts, weights, columns or {}, text_field),
         files=[file for table in tables for file in table.files],
@@ -217,7 +216,8 @@ def _check_weights(weights: list[float] | None, tables: int) -> None:
         )
 
 
-def _format_name(kinds: list[str], formats: Counter[str]) -> str:
+def _format_name(formats: Counter[str]) -> str:
+    kinds = sorted(formats, key=lambda kind: (-formats[kind], kind))
     if len(kinds) <= 1:
         return kinds[0] if kinds else "unknown"
     return "mixed: " + ", ".join(f"{kind} ({formats[kind]})" for kind in kinds)

@@ -1,0 +1,63 @@
+"""The first rows as people read them, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from postgrad.data.pairs import pair_texts
+from postgrad.data.show import token_view
+from postgrad.evaluate import shown
+from postgrad.redaction import hide, secret_kinds
+from postgrad.types import Example, Pair, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREVIEW_ROWS = 5
+TOKEN_VIEWS = 3
+
+
+def preview(example: Example | Pair) -> dict[str, str]:
+    """A row as text: ``source``, ``prompt`` and ``response``; of a pair that is the chosen answer, and ``rejected``."""
+    if isinstance(example, Pair):
+        prompt, response, rejected = pair_texts(example)
+        return {"source": str(example.source), "prompt": prompt, "response": response, "rejected": rejected}
+    prompt, response = shown(example)
+    return {"source": str(example.source), "prompt": prompt, "response": response}
+
+
+def first_rows(examples: Sequence[Example | Pair]) -> list[dict[str, str]]:
+    """The first rows; what looks like a secret is not in them."""
+    found = map(preview, examples[:PREVIEW_ROWS])
+    return [{key: value if key == "source" else hide(value) for key, value in row.items()} for row in found]
+
+
+def first_tokens(
+    samples: Sequence[Sample], examples: Sequence[Example | Pair], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The first documents without a secret: hidden tokens would no longer be the exact ones."""
+    views: list[dict[str, Any]] = []
+    for view, sample in zip(token_views(samples, examples, tokenizer), samples, strict=False):
+        if not secret_kinds(str(tokenizer.decode(sample.ids_T.tolist()))):
+            views.append(view)
+        if len(views) == TOKEN_VIEWS:
+            break
+    return views
+
+
+def token_views(
+    samples: Sequence[Sample], examples: Sequence[Example | Pair], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """Each document's tokens (see :func:`postgrad.data.show.token_view`); of a pair ``source`` also names the answer.
+
+    Args:
+        samples: documents; those of a pair follow each other, the chosen answer's first.
+        examples: what ``sample.example`` counts.
+        tokenizer: decodes them.
+    """
+    for index, sample in enumerate(samples):
+        view = token_view(sample, tokenizer)
+        if isinstance(examples[sample.example], Pair):
+            view["source"] += (", chosen", ", rejected")[index % 2]
+        yield view
