@@ -53,8 +53,8 @@ def limit(job: dict[str, Any]) -> None:
             continue
 
 
-def keep_to_folder(libc: ctypes.CDLL) -> None:
-    """Let only the working directory be written, and it and Python's own folders be read (Landlock, Linux 5.13)."""
+def keep_to_folder(libc: ctypes.CDLL, folder: str | None) -> None:
+    """Let only ``folder`` be written, and it and Python's own folders be read (Landlock, Linux 5.13)."""
     version = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), VERSION)
     if version < 1:
         return
@@ -62,8 +62,10 @@ def keep_to_folder(libc: ctypes.CDLL) -> None:
     attributes = ctypes.create_string_buffer(struct.pack("=Q", everything))
     ruleset = libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(8), 0)
     system = ("/usr", "/lib", "/lib64", "/dev/null", "/dev/urandom", "/etc/ld.so.cache", "/etc/localtime")
-    readable = dict.fromkeys((sys.prefix, sys.base_prefix, *system), READ_FILE | READ_FOLDER)
-    for path, access in {**readable, os.getcwd(): everything}.items():
+    rights = dict.fromkeys((sys.prefix, sys.base_prefix, *system), READ_FILE | READ_FOLDER)
+    if folder is not None:
+        rights[folder] = everything
+    for path, access in rights.items():
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -92,6 +94,16 @@ def deny_calls(libc: ctypes.CDLL) -> None:
     libc.prctl(SET_SECCOMP, FILTER, pointer, 0, 0)
 
 
+def give_up_rights(folder: str | None) -> None:
+    """Whatever the kernel offers of the two: files (but those in ``folder``) and system calls."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0:
+        keep_to_folder(libc, folder)
+        deny_calls(libc)
+
+
 def main() -> None:
     """Read the job, give up rights, run the code and its tests."""
     job = json.loads(sys.stdin.buffer.read())
@@ -100,11 +112,7 @@ def main() -> None:
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     limit(job)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) == 0:
-            keep_to_folder(libc)
-            deny_calls(libc)
+    give_up_rights(os.getcwd())
     word, tests = job.pop("word"), job.pop("tests")
     space: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(job.pop("code"), "<answer>", "exec"), space)

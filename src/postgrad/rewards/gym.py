@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import json
 import re
@@ -16,6 +15,8 @@ import yaml
 from postgrad.errors import ConfigError, DataError
 from postgrad.rewards.builtin import needs
 from postgrad.rewards.contract import Completion, RewardFunction, Value, text_of
+from postgrad.rewards.judge import packed, unpacked
+from postgrad.rewards.judging import Judge
 from postgrad.types import Conversation, Source, Task
 
 PREFIX = "reasoning_gym:"
@@ -101,21 +102,26 @@ def gym_tasks(name: str, size: int, seed: int, **options: Any) -> list[Task]:
     return tasks
 
 
-def gym_reward() -> RewardFunction:
+def gym_reward(seconds: float = 5.0) -> RewardFunction:
     """What the task's own ``score_answer`` says, usually 0 to 1.
 
     The answer is what stands between the last ``<answer>`` and ``</answer>``; without them, all that follows
-    ``</think>``. Rows that are no reasoning-gym tasks: the reward does not apply.
+    ``</think>``. One that takes too long to judge is worth 0. Rows that are no reasoning-gym tasks: the reward does
+    not apply.
+
+    Args:
+        seconds: most time for one completion.
 
     Raises:
-        ConfigError: without the package.
+        ConfigError: without the package, or where ``seconds`` is not above 0.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise needs("reasoning_gym", "reasoning-gym")
+    judge = Judge("gym", seconds)
 
     def reward(prompts: list[Any], completions: list[Completion], gym_entry: list[Any], **columns: Any) -> list[Value]:
         return [
-            None if record is None else _scored(answer_of(text_of(given)), record)
+            None if record is None else float(judge.ask(record, answer_of(text_of(given))))
             for given, record in zip(completions, gym_entry, strict=True)
         ]
 
@@ -126,18 +132,6 @@ def answer_of(text: str) -> str:
     """The part of a completion that is its answer (see :func:`gym_reward`)."""
     tagged = _ANSWER.findall(text)
     return str(tagged[-1] if tagged else text.rpartition("</think>")[2]).strip()
-
-
-def _scored(answer: str, record: str) -> float:
-    values = _unpacked(json.loads(record))
-    dataset = _scorer(values["task"], json.dumps(_packed(values["options"]), sort_keys=True))
-    return float(dataset.score_answer(answer, values["entry"]))
-
-
-@functools.lru_cache(maxsize=64)
-def _scorer(name: str, options: str) -> Any:
-    """A data set of the same options, which scores entries of any seed."""
-    return _dataset(name, {**_unpacked(json.loads(options)), "size": 1, "seed": 0})
 
 
 def _generated(name: str, size: int, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,8 +167,8 @@ def _dataset(name: str, options: dict[str, Any]) -> Any:
 
 def _written(record: dict[str, Any], source: Source) -> str:
     try:
-        text = json.dumps(_packed(record))
-        same = _unpacked(json.loads(text)) == record
+        text = json.dumps(packed(record))
+        same = unpacked(json.loads(text)) == record
     except (TypeError, ValueError):
         same = False
     if not same:
@@ -182,20 +176,3 @@ def _written(record: dict[str, Any], source: Source) -> str:
             "the task's entry cannot be written as JSON", "use another task", file=source.file, row=source.row
         )
     return text
-
-
-def _packed(value: Any) -> Any:
-    """A value in JSON that keeps tuples apart from lists and keys from texts, as the tasks' scoring needs them."""
-    if isinstance(value, dict):
-        return {"pairs": [[_packed(key), _packed(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_packed(item) for item in value]}
-    return [_packed(item) for item in value] if isinstance(value, list) else value
-
-
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "tuple" in value:
-            return tuple(_unpacked(item) for item in value["tuple"])
-        return {_unpacked(key): _unpacked(item) for key, item in value["pairs"]}
-    return [_unpacked(item) for item in value] if isinstance(value, list) else value
