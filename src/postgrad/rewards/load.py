@@ -175,17 +175,19 @@ def _with_options(function: RewardFunction, options: dict[str, Any]) -> RewardFu
     except (TypeError, ValueError):
         signature = None
 
-    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> Sequence[Value]:
-        return function(prompts, completions, **{**columns, **options})
+    def reward(**arguments: Any) -> Sequence[Value]:
+        return function(**{**arguments, **options})
 
     if signature is not None:
         taken = signature.parameters.values()
         if not any(item.kind is item.VAR_KEYWORD for item in taken):
             for option in options:
                 if option not in signature.parameters:
-                    known = ", ".join(list(signature.parameters)[2:]) or "none"
+                    others = [item for item in signature.parameters if item not in ("prompts", "completions")]
                     name = getattr(function, "__name__", type(function).__name__)
-                    raise ConfigError(f"the reward {name} has no option '{option}'", f"its arguments: {known}")
+                    raise ConfigError(
+                        f"the reward {name} has no option '{option}'", f"its arguments: {', '.join(others) or 'none'}"
+                    )
         kept = [item for item in taken if item.name not in options]
         reward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return reward

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from postgrad.errors import ConfigError, DataError
-from postgrad.rewards.contract import Completion, Reward, accepted
+from postgrad.rewards.contract import MOST_HANGS, Completion, Reward, accepted
 
 RESERVED = ("prompts", "completions", "completion_ids", "stop_token_ids", "trainer_state")
 MOST_MESSAGES = 3
@@ -116,9 +116,15 @@ def score(
 
     Raises:
         ConfigError: for a reward that needs a column there is none of; that failed for every completion and never
-            gave a value before; or when all rewards are disabled.
+            gave a value before; or when all rewards were disabled before.
         DataError: for a column whose name is taken, or of another length than ``completions``.
     """
+    if rewards and all(reward.disabled for reward in rewards):
+        names = ", ".join(reward.name for reward in rewards)
+        raise ConfigError(
+            f"no reward function is left: {names} did not return in time {MOST_HANGS} times",
+            "make it faster, or give it more time (reward_timeout)",
+        )
     _check_columns(prompts, completions, columns, completion_ids)
     inputs: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
     inputs |= {"prompts": list(prompts), "completions": list(completions)}
@@ -134,9 +140,6 @@ def score(
         accounts[reward.name] = account = Account()
         if len(completions):
             rewards_RF[:, index] = _ask(reward, inputs, shared, reward.timeout or timeout, account)
-    if rewards and all(reward.disabled for reward in rewards):
-        said = "; ".join(message for account in accounts.values() for message in account.messages)
-        raise ConfigError(f"no reward function is left: each hung too often ({said})", "make them faster, or mend them")
     return Scores(rewards_RF, accounts)
 
 
