@@ -1,0 +1,1 @@
+"""Reward functions of online reinforcement learning: what an answer was worth."""
