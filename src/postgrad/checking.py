@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from postgrad.checks.disk import disk_check
 from postgrad.checks.isolation import isolation_check
 from postgrad.checks.pairs import prepare_pairs
-from postgrad.checks.tasks import prepare_tasks
 from postgrad.checks.prepare import Check, Prepared, add_checks, overlap_check, prepare, report, require
 from postgrad.checks.quality import quality_checks
 from postgrad.checks.rehearsal import rehearse
+from postgrad.checks.tasks import prepare_tasks
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.load import LoadedData
 from postgrad.data.questions import read_questions

@@ -90,7 +90,9 @@ class GRPO(Method):
         self._weights = weights_S[: len(own)].tolist()
         self._sums, self._tokens = {}, sum(own)
 
-    def gradient(self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float) -> list[Pass]:
+    def gradient(
+        self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float
+    ) -> list[Pass]:
         """See :meth:`Method.gradient`."""
         batch = unit[0]
         documents = [cast(Rollout, samples[index]) for index in batch.sample_ids]
