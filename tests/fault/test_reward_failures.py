@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from postgrad.errors import ConfigError
-from postgrad.rewards.code import Limits, run_tests
+from postgrad.rewards.code import Limits, run_tests, unprotected
 from postgrad.rewards.contract import MOST_HANGS, Reward
 from postgrad.rewards.gym import COLUMN, gym_tasks
 from postgrad.rewards.load import load_rewards
@@ -24,6 +24,7 @@ from postgrad.rewards.score import Scores, score
 
 LIMITS = Limits(seconds=1, memory_mb=512)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+PROTECTED = pytest.mark.skipif(bool(unprotected()), reason="the kernel does not keep a program from everything")
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ import ctypes, os, socket, subprocess, threading
 """
 
 
-@LINUX
+@PROTECTED
 @pytest.mark.parametrize(
     "action",
     [
@@ -283,7 +284,7 @@ def test_what_the_kernel_refuses(action: str, tmp_path: Path) -> None:
     assert outside.read_text() == "precious"
 
 
-@LINUX
+@PROTECTED
 def test_a_fork_bomb_leaves_nothing_behind() -> None:
     mark = f"bomb-{os.getpid()}"
     code = f"""
@@ -303,6 +304,17 @@ while True:
     assert mine == orphans == []
 
 
+def test_what_the_kernel_does_not_refuse_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    unprotected.cache_clear()
+    monkeypatch.setattr("postgrad.rewards.code.run_tests", lambda code, tests, limits: {0, 3})
+    try:
+        assert unprotected() == ("using the network", "reading other files")
+        with pytest.warns(UserWarning, match="'code' runs what a model wrote.*using the network, reading other files"):
+            load_rewards({"name": "code", "allow_code_execution": True})
+    finally:
+        unprotected.cache_clear()
+
+
 def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -319,7 +331,7 @@ def test_ctrl_c_reaches_the_trainer_while_a_reward_hangs(gate: threading.Event) 
     assert time.monotonic() - started < 30
 
 
-@LINUX
+@PROTECTED
 def test_an_answer_that_is_evaluated_can_change_nothing(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     (task,) = gym_tasks("countdown", 1, 1)

@@ -153,8 +153,8 @@ def stops() -> RewardFunction:
 def repetition(n: int = 4) -> RewardFunction:
     """Minus the share of the completion's n-grams that were said before: 0 (none) to nearly -1.
 
-    One minus distinct-n (Li et al. 2016, arXiv:1510.03055, section 5.2), over tokens, so that it means the same in
-    languages without spaces. Completions of fewer than ``n`` tokens: 0.
+    Distinct n-grams over all n-grams, minus one: distinct-n (Li et al. 2016, arXiv:1510.03055) but for what it divides
+    by. Over tokens, so that it means the same in languages without spaces. Completions of fewer than ``n`` tokens: 0.
 
     Args:
         n: tokens of an n-gram.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,21 @@ MOST_OUTPUT = 1 << 20
 _BLOCK = re.compile(
     r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE
 )
+_PROBES = {
+    "starting other processes": "os.fork() or os._exit(0)",
+    "using the network": "socket.socket()",
+    "reading other files": "open(OUTSIDE).read()",
+    "using more memory than allowed": "bytearray(1 << 30)",
+}
+_PROBE = """
+import os, socket
+OUTSIDE = {outside!r}
+def refused(action):
+    try:
+        action()
+    except (OSError, MemoryError):
+        return True
+"""
 # Without these, numerical libraries start threads, which are refused.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -80,6 +97,7 @@ def code_reward(
             raise ConfigError(f"the reward 'code': {option}={given} is not above 0")
     if os.name != "posix":
         raise ConfigError("the reward 'code' needs Linux or macOS: its limits do not exist here")
+    warn_unprotected("code")
     limits = Limits(seconds, memory_mb)
 
     def value(pair: tuple[Completion, Any]) -> Value:
@@ -95,6 +113,22 @@ def code_reward(
             return list(pool.map(value, zip(completions, tests, strict=True)))
 
     return reward
+
+
+@functools.cache
+def unprotected() -> tuple[str, ...]:
+    """What this system cannot keep a model's code from, found out by trying."""
+    with tempfile.NamedTemporaryFile(prefix="postgrad-probe-") as file:
+        tests = [f"assert refused(lambda: {action})" for action in _PROBES.values()]
+        refused = run_tests(_PROBE.format(outside=file.name), tests, Limits(memory_mb=512))
+    return tuple(name for number, name in enumerate(_PROBES) if number not in refused)
+
+
+def warn_unprotected(reward: str) -> None:
+    """Say so where a reward runs what a model wrote and this system cannot keep it from something."""
+    if unprotected():
+        said = f"the reward '{reward}' runs what a model wrote, and this system does not keep it from"
+        warnings.warn(f"{said} {', '.join(unprotected())}: see docs/rewards.md", stacklevel=3)
 
 
 def code_of(text: str) -> str | None:

@@ -14,6 +14,7 @@ import yaml
 
 from postgrad.errors import ConfigError, DataError
 from postgrad.rewards.builtin import needs
+from postgrad.rewards.code import warn_unprotected
 from postgrad.rewards.contract import Completion, RewardFunction, Value, text_of
 from postgrad.rewards.judge import packed, unpacked
 from postgrad.rewards.judging import Judge
@@ -117,6 +118,7 @@ def gym_reward(seconds: float = 5.0) -> RewardFunction:
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise needs("reasoning_gym", "reasoning-gym")
+    warn_unprotected("reasoning_gym")
     judge = Judge("gym", seconds)
 
     def reward(prompts: list[Any], completions: list[Completion], gym_entry: list[Any], **columns: Any) -> list[Value]:

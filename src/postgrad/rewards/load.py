@@ -145,7 +145,7 @@ def _imported(text: str, root: Path) -> Any:
             f"did you mean {' or '.join(near)}?" if near else f"write it to {folder}/{module_name.replace('.', '/')}.py"
         )
         raise ConfigError(f"there is no module {module_name} for the reward '{text}'", cure) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"the reward's module {module_name} fails: {type(error).__name__}: {error}") from error
     try:
         return getattr(module, function_name)
