@@ -174,11 +174,11 @@ def examine_rows(
 def make_job(
     config: SFTConfig,
     loaded: LoadedModel,
-    data: Data,
     prepared: Prepared,
     heldout: Prepared | None,
     packed: PackedModel,
     choices: dict[str, Any],
+    judge: Judge | None,
     run: Run,
     display: Display,
 ) -> Job:
@@ -202,32 +202,38 @@ def make_job(
         eval_samples=heldout.samples if heldout else [],
         config=config,
         run=run,
-        method=make_method(config, loaded, prepared, data, packed, choices, run, display),
+        method=make_method(config, loaded, prepared, packed, choices, judge),
         compute_dtype=DTYPES[choices["compute_dtype"]],
         identity=identity,
         display=display,
     )
 
 
+def make_judge(
+    config: SFTConfig, loaded: LoadedModel, data: Data, prepared: Prepared[Any], run: Run, display: Display
+) -> Judge | None:
+    """What rewards answers, where the method has rewards."""
+    if not isinstance(config, GRPOConfig):
+        return None
+    steps = DataOrder(len(prepared.examples), config).total_steps
+    return Judge(data.rewards, config.reward_timeout, loaded.chat.stop_ids, run, display, steps)
+
+
 def make_method(
     config: SFTConfig,
     loaded: LoadedModel,
     prepared: Prepared[Any],
-    data: Data,
     packed: PackedModel,
     choices: dict[str, Any],
-    run: Run,
-    display: Display,
+    judge: Judge | None,
 ) -> Method:
     """What makes a step's documents and loss."""
     if isinstance(config, DPOConfig):
         return DPO(config)
-    if not isinstance(config, GRPOConfig):
+    if not isinstance(config, GRPOConfig) or judge is None:
         return Method()
     dtype = DTYPES[choices["compute_dtype"]]
-    order = DataOrder(len(prepared.examples), config)
     prompts = [sample.ids_T[: -config.max_completion_length] for sample in prepared.samples[:: config.num_generations]]
-    judge = Judge(data.rewards, config.reward_timeout, loaded.chat.stop_ids, run, display, order.total_steps)
     roller = Rollouts(
         packed,
         loaded.tokenizer,
@@ -274,7 +280,9 @@ def try_out(job: Job, choices: dict[str, Any], resumes: bool) -> None:
 
 
 def _quality(config: SFTConfig, train: Prepared, heldout: Prepared | None, renderer: Renderer) -> list[Check]:
-    """What the rows say; of pairs, their prompts and chosen answers."""
+    """What the rows say; of pairs, their prompts and chosen answers; of tasks, nothing that needs an answer."""
+    if config.method == "grpo":
+        return []
     return quality_checks(
         [question_of(row) for row in train.examples],
         [question_of(row) for row in heldout.examples] if heldout else [],

@@ -12,17 +12,16 @@ from postgrad.config import RunConfig
 from postgrad.config_file import load_config
 from postgrad.display import Display
 from postgrad.errors import ConfigError
-from postgrad.evaluate import Exam, Item, as_rows, question_of, sit
-from postgrad.method_config import DPOConfig, read_config
+from postgrad.evaluate import Exam, Item, as_rows, prompt_ids, sit
+from postgrad.method_config import read_config
 from postgrad.model import packed as packed_model
 from postgrad.model.adapters import is_adapter
 from postgrad.model.load import LoadedModel, context_length, weights_sha256
 from postgrad.model.memory import LEAST_TOKENS
 from postgrad.model.packed import PackedModel
 from postgrad.model.template import is_frozen
-from postgrad.preferences import judge
 from postgrad.runs import Run
-from postgrad.stages import load, load_data, make_exam
+from postgrad.stages import judge_rows, load, load_data, make_exam
 
 
 @dataclass(slots=True)
@@ -66,7 +65,7 @@ def compare_run(path: str, display: Display) -> Compared:
     data = load_data(config)
     exams = [_sit(config, data, started_as, display, "before")]
     exams.append(_sit(_for_model(config, str(run.path / "model")), data, started_as, display, "after"))
-    result = _conclude(exams[0], exams[1], config.beta if isinstance(config, DPOConfig) else None)
+    result = _conclude(exams[0], exams[1], config)
     result.notes += _repeats(result.before, run.read_rows("before.jsonl"), "starting")
     result.notes += _repeats(result.after, run.read_rows("after.jsonl"), "saved")
     return result
@@ -91,7 +90,7 @@ def compare_models(before: str, after: str, values: dict[str, Any], display: Dis
         loaded = load_data(config)
         data = Data([], [*loaded.train, *loaded.heldout], "given", loaded.facts)
     exams = [_sit(_for_model(config, name), data, None, display, name) for name in (before, after)]
-    return _conclude(exams[0], exams[1], None)
+    return _conclude(exams[0], exams[1], config)
 
 
 def _for_model(config: RunConfig, name: str) -> RunConfig:
@@ -108,7 +107,7 @@ def _sit(
     packed = PackedModel(loaded.model, packed_model.choose(loaded.model))
     with display.asking(when) as progress:
         items = sit(exam, packed, config.token_budget or LEAST_TOKENS, progress)
-    prompts = {str(row.source): exam.renderer.prompt_ids(question_of(row)) for row in exam.examples}
+    prompts = {str(row.source): prompt_ids(exam.renderer, row) for row in exam.examples}
     return items, weights_sha256(loaded.model), prompts
 
 
@@ -128,10 +127,10 @@ def _exam(config: RunConfig, loaded: LoadedModel, data: Data, started_as: str | 
 def _conclude(
     before: tuple[list[Item], str, dict[str, list[int]]],
     after: tuple[list[Item], str, dict[str, list[int]]],
-    beta: float | None,
+    config: RunConfig,
 ) -> Compared:
     rows = as_rows(before[0]), as_rows(after[0])
-    comparison = judge(*rows, beta)
+    comparison = judge_rows(config, *rows)
     comparison["model_before_sha256"], comparison["model_after_sha256"] = before[1], after[1]
     notes = []
     shared = before[2].keys() & after[2].keys()

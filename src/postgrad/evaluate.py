@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class Exam:
         examples: held-out rows.
         samples: the held-out rows' Samples; of pairs, those of the chosen answers.
         rejected: Samples of pairs' rejected answers.
+        grader: judges tasks beyond what :func:`sit` does.
         max_new_tokens: longest answer.
         max_asked_rows: most held-out rows that are answered; all are scored by loss.
     """
@@ -84,6 +85,15 @@ class Exam:
     max_new_tokens: int
     max_asked_rows: int
     rejected: Sequence[Sample] = ()
+    grader: Grader | None = None
+
+
+class Grader(Protocol):
+    """Judges a model's answers to tasks."""
+
+    def add(self, rows: list[dict[str, Any]], exam: Exam, packed: PackedModel) -> list[dict[str, Any]]:
+        """Rows of ``before.jsonl`` with what it found."""
+        ...
 
 
 def heldout_loss(
@@ -175,31 +185,50 @@ def items_of(exam: Exam) -> tuple[list[Item], list[list[int] | None]]:
         messages = [{"role": "system", "content": exam.system_message}] if exam.system_message else []
         prompts.append(exam.renderer.question_ids([*messages, {"role": "user", "content": question}]))
     for number, row in enumerate(exam.examples):
-        example, item = _item_of(row)
+        item = _item_of(row)
         items.append(item)
-        prompts.append(exam.renderer.prompt_ids(example) if number < exam.max_asked_rows and item.prompt else None)
+        asked = number < exam.max_asked_rows and item.prompt
+        prompts.append(prompt_ids(exam.renderer, row) if asked else None)
     return items, prompts
 
 
-def _item_of(row: Example | Pair | Task) -> tuple[Example, Item]:
-    """What is asked of a held-out row, and its item, unanswered."""
+def prompt_ids(renderer: Renderer, row: Example | Pair | Task) -> list[int]:
+    """The tokens of what a row asks; a task's chat may hold earlier answers, which are read.
+
+    Raises:
+        DataError: for a row that asks nothing.
+        ModelError: when the template refuses the chat.
+    """
     example = question_of(row)
-    prompt, reference = shown(example)
+    if isinstance(row, Task) and isinstance(example, Conversation):
+        return renderer.question_ids(example.messages, example.tools, example.template_kwargs)
+    return renderer.prompt_ids(example)
+
+
+def _item_of(row: Example | Pair | Task) -> Item:
+    """The item of a held-out row, unanswered."""
+    example = question_of(row)
+    prompt, reference = shown_task(row) if isinstance(row, Task) else shown(example)
     item = Item(f"heldout-{row.source}", "heldout", str(row.source), prompt, reference)
     if isinstance(row, Pair):
         item.rejected = shown(row.rejected)[1]
     elif isinstance(row, Task):
-        answer = row.columns.get("answer")
-        item.answer = str(answer) if isinstance(answer, str | int | float) else None
-        item.reference = item.answer
-    if not isinstance(example, TokenRow):
-        item.answer = item.answer or example.answer
-    return example, item
+        item.answer = reference or None
+    elif not isinstance(row, TokenRow):
+        item.answer = row.answer
+    return item
 
 
 def question_of(row: Example | Pair | Task) -> Example:
     """What of a row is asked: of a pair the chosen answer's prompt, of a task its question."""
     return row.chosen if isinstance(row, Pair) else row.question if isinstance(row, Task) else row
+
+
+def shown_task(task: Task) -> tuple[str, str]:
+    """A task's last message, and the answer that it carries, if any, as text for people."""
+    question, answer = task.question, task.columns.get("answer")
+    prompt = question.messages[-1].get("content") if isinstance(question, Conversation) else question.prompt
+    return str(prompt or ""), str(answer) if isinstance(answer, str | int | float) else ""
 
 
 def shown(example: Example) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.checking import Data, examine_rows, freeze_template, make_job, make_renderer, try_out
+from postgrad.checking import Data, examine_rows, freeze_template, make_job, make_judge, make_renderer, try_out
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.data.questions import read_questions
 from postgrad.display import Display
@@ -215,6 +215,7 @@ def make_ready(
         prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
         prepared, heldout = refer(config, packed, choices, prepared, heldout, run, display)
-        job = make_job(config, loaded, data, prepared, heldout, packed, choices, run, display)
+        judge = make_judge(config, loaded, data, prepared, run, display)
+        job = make_job(config, loaded, prepared, heldout, packed, choices, judge, run, display)
         try_out(job, choices, resumes=resume_from is not None)
-    return Ready(job, make_exam(config, loaded, renderer, heldout), choices)
+    return Ready(job, make_exam(config, loaded, renderer, heldout, judge), choices)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from postgrad.display import Display
+from postgrad.evaluate import shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
 from postgrad.methods.policy import group_advantages, overlong_penalty
@@ -250,7 +251,7 @@ class Rollouts:
                 {
                     "step": number * self.config.num_iterations + 1,
                     "source": str(task.source),
-                    "prompt": shown_prompt(task),
+                    "prompt": shown_task(task)[0],
                     "completion": answer.text,
                     "stop_reason": answer.stop_reason,
                     "tokens": len(answer.token_ids),
@@ -276,13 +277,6 @@ def completion_of(task: Task, answer: Answer) -> Completion:
     if isinstance(task.question, Conversation):
         return [{"role": "assistant", "content": answer.text}]
     return answer.text
-
-
-def shown_prompt(task: Task) -> str:
-    """The last message of a prompt, for people."""
-    if isinstance(task.question, Conversation):
-        return str(task.question.messages[-1].get("content") or "")
-    return task.question.prompt
 
 
 def _lengths(answers: Sequence[Answer]) -> dict[str, float]:

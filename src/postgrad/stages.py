@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from postgrad import __version__, baseline
+from postgrad.attempts import Attempts, judge_attempts
 from postgrad.checking import Data
 from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.data.formats import EXAMPLES
+from postgrad.data.formats import EXAMPLES, prompt_key
 from postgrad.data.load import load_examples
 from postgrad.data.pairs import PAIRS
 from postgrad.data.questions import read_questions
@@ -24,8 +25,9 @@ from postgrad.data.rows import Reader
 from postgrad.data.split import split_heldout
 from postgrad.data.tasks import TASKS
 from postgrad.display import Display
+from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, as_rows, sit
-from postgrad.method_config import DPOConfig
+from postgrad.method_config import DPOConfig, GRPOConfig
 from postgrad.model import adapters
 from postgrad.model.load import (
     DTYPES,
@@ -40,11 +42,16 @@ from postgrad.preferences import judge
 from postgrad.recording import write_config
 from postgrad.references import add_reference
 from postgrad.resuming import restore
+from postgrad.rewards.contract import Reward
+from postgrad.rewards.gym import gym_tasks, is_gym, parse_gym
+from postgrad.rewards.load import load_rewards
+from postgrad.rollouts import Judge
 from postgrad.runs import Run
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
 
+GYM_HELDOUT = 100
 READERS: dict[str, Reader[Any]] = {"sft": EXAMPLES, "dpo": PAIRS, "grpo": TASKS}
 
 
@@ -85,7 +92,76 @@ def adapt(config: RunConfig, loaded: LoadedModel) -> None:
 
 
 def load_data(config: RunConfig) -> Data:
-    """Load training rows, and held-out rows or a held-out split."""
+    """Load training rows, and held-out rows or a held-out split; for online RL what judges answers to them, too."""
+    data = _load_gym(config) if isinstance(config, GRPOConfig) and names_gym(config) else _load_rows(config)
+    if isinstance(config, GRPOConfig):
+        data.rewards = load_rewards(reward_specs(config))
+        weigh(data.rewards, config.reward_weights)
+    return data
+
+
+def names_gym(config: RunConfig) -> bool:
+    """Whether the tasks are reasoning-gym's."""
+    return isinstance(config.dataset_name, str) and is_gym(config.dataset_name)
+
+
+def reward_specs(config: GRPOConfig) -> list[Any]:
+    """What rewards a configuration asks for; tasks of reasoning-gym bring their own.
+
+    Raises:
+        ConfigError: where there are none.
+    """
+    specs = config.rewards
+    if not specs and isinstance(config, RunConfig) and names_gym(config):
+        specs = ["reasoning_gym"]
+    if not specs:
+        raise ConfigError("no reward_funcs were given", "such as reward_funcs=exact_answer; see docs/rewards.md")
+    if not config.allow_code_execution:
+        return specs
+    allowed = {"allow_code_execution": True}
+    specs = [{"name": spec} if spec == "code" else spec for spec in specs]
+    return [{**spec, **allowed} if isinstance(spec, dict) and spec.get("name") == "code" else spec for spec in specs]
+
+
+def weigh(rewards: list[Reward], weights: list[float] | None) -> None:
+    """Give rewards the weights of ``reward_weights``.
+
+    Raises:
+        ConfigError: for another number of them.
+    """
+    if weights is None:
+        return
+    if len(weights) != len(rewards):
+        raise ConfigError(f"{len(rewards)} rewards but {len(weights)} reward_weights")
+    for reward, weight in zip(rewards, weights, strict=True):
+        reward.weight = weight
+
+
+def _load_gym(config: RunConfig) -> Data:
+    """Generated tasks: the named ones, and others of another seed as held-out tasks."""
+    spec = parse_gym(str(config.dataset_name))
+    tasks = gym_tasks(spec.name, spec.size, spec.seed, **spec.options)[: config.max_train_samples]
+    known = {prompt_key(task) for task in tasks}
+    if config.eval_dataset_name:
+        other = parse_gym(config.eval_dataset_name)
+        heldout, how = (
+            gym_tasks(other.name, other.size, other.seed, **other.options),
+            f"given: {config.eval_dataset_name}",
+        )
+    else:
+        heldout, how = gym_tasks(spec.name, GYM_HELDOUT, spec.seed + 1, **spec.options), "generated from the next seed"
+    apart = [task for task in heldout if prompt_key(task) not in known]
+    notes = (
+        [f"{len(heldout) - len(apart)} held-out tasks are training tasks; left out"]
+        if len(apart) < len(heldout)
+        else []
+    )
+    facts = {"rows": len(tasks), "format": "reasoning_gym", "files": [str(config.dataset_name)], "notes": notes}
+    return Data(tasks, apart, how, facts)
+
+
+def _load_rows(config: RunConfig) -> Data:
+    """Rows of files and data sets."""
     names = [config.dataset_name] if isinstance(config.dataset_name, str) else config.dataset_name
     options: dict[str, Any] = {
         "revision": config.dataset_revision,
@@ -159,10 +235,17 @@ def refer(
 # -- 3. and 5. ask ----------------------------------------------------------------------------------------------
 
 
-def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldout: Prepared | None) -> Exam:
+def make_exam(
+    config: SFTConfig,
+    loaded: LoadedModel,
+    renderer: Renderer,
+    heldout: Prepared[Any] | None,
+    judge: Judge | None = None,
+) -> Exam:
     """What is asked before and after; of a pair the chosen answer is scored as a row is, the rejected one beside it."""
-    samples = heldout.samples if heldout else []
+    samples = heldout.samples if heldout and config.method != "grpo" else []
     of_pairs = config.method == "dpo"
+    attempts = Attempts(config, judge) if isinstance(config, GRPOConfig) and judge and judge.rewards else None
     return Exam(
         renderer=renderer,
         stop_ids=loaded.chat.stop_ids,
@@ -171,6 +254,7 @@ def make_exam(config: SFTConfig, loaded: LoadedModel, renderer: Renderer, heldou
         examples=heldout.examples if heldout else [],
         samples=samples[::2] if of_pairs else samples,
         rejected=samples[1::2] if of_pairs else [],
+        grader=attempts,
         max_new_tokens=config.max_new_tokens,
         max_asked_rows=config.max_asked_rows,
     )
@@ -184,7 +268,8 @@ def ask_before(
         return
     path = None
     # A model handed over in Python may compute something else with the same weights, so only named ones are kept.
-    if isinstance(config, RunConfig) and config.load_from_cache_file and baseline.is_known_by_weights(packed.model):
+    kept_by = isinstance(config, RunConfig) and config.load_from_cache_file and exam.grader is None
+    if kept_by and baseline.is_known_by_weights(packed.model):
         path = baseline.place(exam, packed, token_budget, run.read_json("environment.json")["model"]["sha256"])
     kept = baseline.recall(path) if path else None
     if kept is not None:
@@ -208,7 +293,8 @@ def ask_after(exam: Exam, packed: PackedModel, token_budget: int, run: Run, disp
 
 def _ask(exam: Exam, packed: PackedModel, token_budget: int, when: str, display: Display) -> list[dict[str, Any]]:
     with display.asking(when) as progress:
-        return as_rows(sit(exam, packed, token_budget, progress))
+        rows = as_rows(sit(exam, packed, token_budget, progress))
+    return exam.grader.add(rows, exam, packed) if exam.grader else rows
 
 
 # -- 4. train ---------------------------------------------------------------------------------------------------
@@ -235,12 +321,19 @@ def conclude(config: SFTConfig, run: Run, model: torch.nn.Module, display: Displ
     before, after = run.read_rows("before.jsonl"), run.read_rows("after.jsonl")
     if not before or not after:
         return None
-    comparison = judge(before, after, config.beta if isinstance(config, DPOConfig) else None)
+    comparison = judge_rows(config, before, after)
     comparison["model_before_sha256"] = run.read_json("environment.json")["model"]["sha256"]
     comparison["model_after_sha256"] = weights_sha256(model)
     run.write_json("comparison.json", comparison)
     display.after(before, after, comparison)
     return comparison
+
+
+def judge_rows(config: SFTConfig, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """The comparison of two sittings, with the method's own evidence and verdict."""
+    if isinstance(config, GRPOConfig):
+        return judge_attempts(before, after)
+    return judge(before, after, config.beta if isinstance(config, DPOConfig) else None)
 
 
 def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comparison: dict[str, Any] | None) -> str:

@@ -155,12 +155,10 @@ class Rollout(Scored):
     Args:
         advantage: of the whole answer.
         old_N: log p of each trained token under the weights that wrote it, float32; None where it is the current ones.
-        sampler_N: likewise as the sampler computed them; None where nothing else than the trainer sampled.
     """
 
     advantage: float = 0.0
     old_N: np.ndarray | None = None
-    sampler_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

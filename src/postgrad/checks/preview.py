@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from postgrad.data.pairs import pair_texts
 from postgrad.data.show import token_view
-from postgrad.evaluate import shown
+from postgrad.evaluate import shown, shown_task
 from postgrad.redaction import hide, secret_kinds
-from postgrad.types import Example, Pair, Sample
+from postgrad.types import Example, Pair, Sample, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,16 +18,16 @@ PREVIEW_ROWS = 5
 TOKEN_VIEWS = 3
 
 
-def preview(example: Example | Pair) -> dict[str, str]:
+def preview(example: Example | Pair | Task) -> dict[str, str]:
     """A row as text: ``source``, ``prompt`` and ``response``; of a pair that is the chosen answer, and ``rejected``."""
     if isinstance(example, Pair):
         prompt, response, rejected = pair_texts(example)
         return {"source": str(example.source), "prompt": prompt, "response": response, "rejected": rejected}
-    prompt, response = shown(example)
+    prompt, response = shown_task(example) if isinstance(example, Task) else shown(example)
     return {"source": str(example.source), "prompt": prompt, "response": response}
 
 
-def first_rows(examples: Sequence[Example | Pair]) -> list[dict[str, str]]:
+def first_rows(examples: Sequence[Example | Pair | Task]) -> list[dict[str, str]]:
     """The first rows; what looks like a secret is not in them."""
     found = map(preview, examples[:PREVIEW_ROWS])
     return [{key: value if key == "source" else hide(value) for key, value in row.items()} for row in found]

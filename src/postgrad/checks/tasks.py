@@ -1,4 +1,4 @@
-"""What is proved before online RL: tasks → planned completions of full length, and a report on rows that need attention.
+"""What is proved before online RL: tasks → planned completions of full length, and a report on rows.
 
 What will be trained is not written yet. In its place stand completions as long as they may become, so that the
 rehearsal, the memory forecast and the choice of the engine see the largest step that can come.
@@ -18,6 +18,7 @@ from postgrad.config import SFTConfig
 from postgrad.data.formats import prompt_key
 from postgrad.data.render import Renderer
 from postgrad.errors import DataError, ModelError
+from postgrad.evaluate import prompt_ids
 from postgrad.method_config import GRPOConfig
 from postgrad.types import Rollout, Sample, Task
 
@@ -44,7 +45,7 @@ def prepare_tasks(
     refused: list[DataError] = []
     for task in tasks:
         try:
-            prompts.append((task, renderer.prompt_ids(task.question)))
+            prompts.append((task, prompt_ids(renderer, task)))
         except (DataError, ModelError) as error:
             reason = error.reason if isinstance(error, DataError) else error.message
             refused.append(DataError(reason, error.cure, file=task.source.file, row=task.source.row, field="prompt"))
@@ -98,7 +99,7 @@ def _planned(task: Task, ids: list[int], index: int, config: GRPOConfig, filler:
 
 
 def _repeated(tasks: Sequence[Task]) -> Check:
-    keys = Counter(prompt_key(task.question) for task in tasks)
+    keys = Counter(prompt_key(task) for task in tasks)
     again = sum(count - 1 for count in keys.values())
     if not again:
         return Check("duplicates", "pass", "no prompt appears twice")

@@ -90,7 +90,23 @@ DPO_DEMO: dict[str, Any] = {
     "save_strategy": "no",
     "max_new_tokens": 48,
 }
-DEMOS = {"sft": SFT_DEMO, "dpo": DPO_DEMO}
+GRPO_DEMO: dict[str, Any] = {
+    "run_name": "demo-grpo",
+    "model_name_or_path": "runs/demo",
+    "dataset_name": "demo:sums",
+    "eval_dataset_name": "demo:sums_heldout",
+    "reward_funcs": "exact_answer",
+    "max_steps": 40,
+    "per_device_train_batch_size": 64,
+    "num_generations": 8,
+    "max_completion_length": 24,
+    "max_new_tokens": 24,
+    "num_samples": 4,
+    "learning_rate": 5e-6,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+DEMOS = {"sft": SFT_DEMO, "dpo": DPO_DEMO, "grpo": GRPO_DEMO}
 
 
 def _version(wanted: bool) -> None:
@@ -118,6 +134,7 @@ def demo(items: ITEMS = None, output_dir: OUT = None, method: METHOD = "sft", as
       postgrad demo
       postgrad demo num_train_epochs=3 -o runs/longer
       postgrad demo --method dpo      the model learns a new name from 100 pairs
+      postgrad demo --method grpo     the model that 'postgrad demo' made learns to add by trying
     """
     from postgrad.config_file import load_config
 
@@ -166,6 +183,27 @@ def dpo(
     The reference is the model that the run starts from. All options: docs/config.md.
     """
     _start(run_config(config, items, model, dataset, output_dir, "dpo"), as_json)
+
+
+@app.command()
+def grpo(
+    config: CONFIG = None,
+    items: ITEMS = None,
+    model: MODEL = None,
+    dataset: DATA = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """Online reinforcement learning (GRPO) on tasks and rewards, with evidence.
+
+    \b
+      postgrad grpo -m runs/sft -d tasks.jsonl reward_funcs=exact_answer
+      postgrad grpo -m runs/sft -d reasoning_gym:basic_arithmetic max_completion_length=64
+      postgrad grpo config.yaml reward_funcs='[my_rewards:score, stops]'
+
+    Rewards: docs/rewards.md. All options: docs/config.md.
+    """
+    _start(run_config(config, items, model, dataset, output_dir, "grpo"), as_json)
 
 
 @app.command()

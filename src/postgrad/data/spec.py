@@ -25,6 +25,8 @@ DEMO_FILES = {
     "more": "train_more.jsonl",
     "identity": "identity_train.jsonl",
     "identity_heldout": "identity_heldout.jsonl",
+    "sums": "sums_train.jsonl",
+    "sums_heldout": "sums_heldout.jsonl",
 }
 
 _SLICE = re.compile(r"\[([^\[\]]*)\]$")

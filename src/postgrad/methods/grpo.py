@@ -101,7 +101,6 @@ class GRPO(Method):
             logps_N,
             old_N=_joined([one.old_N for one in documents], logps_N),
             reference_N=_joined([one.reference_N for one in documents], logps_N),
-            sampler_N=_joined([one.sampler_N for one in documents], logps_N),
             advantages_N=_of_documents([one.advantage for one in documents], batch, logps_N),
             document_N=batch.document_N,
             documents=len(documents),

@@ -88,7 +88,8 @@ class Reference:
     def __init__(self, packed: PackedModel, dtype: torch.dtype) -> None:
         self.packed, self._switched = packed, adapters.is_new(packed.model)
         if not self._switched:
-            model = copy.deepcopy(packed.model).to(dtype).requires_grad_(False)
+            model: Any = copy.deepcopy(packed.model)
+            model.to(dtype).requires_grad_(False)
             self.packed = PackedModel(model, replace(packed.choices, compiled=False, graphed=False, recomputed=False))
 
     def token_logprobs(self, samples: Sequence[Sample], token_budget: int, **options: Any) -> list[np.ndarray]:
