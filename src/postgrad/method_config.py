@@ -60,6 +60,9 @@ class DPOConfig(SFTConfig):
     reference_free: bool = Field(False, description="Leave the reference model out, as if it found all answers alike.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
 
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
+
     @property
     def losses(self) -> list[str]:
         """The parts of the loss."""
@@ -135,6 +138,9 @@ class GRPOConfig(SFTConfig):
     allow_code_execution: bool = Field(False, description="Let code rewards run the model's programs, within limits.")
     num_samples: int = Field(1, gt=0, description="Sampled answers of each held-out task before and after, for pass@k.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
 
     @property
     def examples_per_step(self) -> int:
