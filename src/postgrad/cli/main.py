@@ -207,6 +207,30 @@ def grpo(
 
 
 @app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE.yaml", help="File of stages.")],
+    items: ITEMS = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """Several methods in a row, each from the model that the last one made, with one report.
+
+    Started again, it goes on with the first stage that is not complete. See docs/pipelines.md.
+
+    \b
+      postgrad run pipeline.yaml
+      postgrad run pipeline.yaml seed=1 -o runs/course-1
+    """
+    from postgrad.chain import run_chain
+
+    page, stages = run_chain(pipeline, settings(items, None, None, output_dir), make_display(as_json))
+    if as_json:
+        emit({"report": str(page), "stages": {name: str(path) for name, path in stages.items()}})
+    else:
+        print(f"\nmodel   {list(stages.values())[-1] / 'model'}\nreport  {page}")
+
+
+@app.command()
 def check(
     config: CONFIG = None,
     items: ITEMS = None,
