@@ -247,6 +247,14 @@ def test_sums_of_documents(lengths: list[tuple[int, int]], alpha: float, padding
     assert logps_N.grad[len(pairs.logps_N) :].eq(0).all()
 
 
+def test_nothing_is_read_back_from_the_device() -> None:
+    values_N = torch.zeros(9, device="meta")  # has no values that could be read
+    scores = pair_scores(values_N, values_N, values_N.long(), 4, counted_N=values_N.bool(), ld_alpha=0.5)
+    names = [*NAMES, "sft"]
+    loss_S = pair_losses(scores, loss_type=names, beta=BETA, label_smoothing=EPS, pairs_per_chosen_token=0.1)
+    assert loss_S.shape == (2,) and set(pair_metrics(scores, BETA))
+
+
 def scores_of(chosen: float, rejected: float, tokens: tuple[int, int] = (4, 4)) -> PairScores:
     def one(value: float) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.float64)
