@@ -16,6 +16,7 @@ from postgrad.errors import ConfigError, DataError
 from postgrad.methods.advantages import group_advantages, overlong_penalty
 from postgrad.methods.policy import (
     PolicyLoss,
+    PolicyTokens,
     importance_correction,
     k3,
     policy_losses,
@@ -61,16 +62,15 @@ class Answers:
             correction_N = importance_correction(
                 old_N, self.sampler_N[inside], document_N, len(kept), mode=mode, **limits
             )
-        return policy_losses(
+        tokens = PolicyTokens(
             (self.logps_N if logps_N is None else logps_N)[inside],
             advantages_N=self.advantages_S[self.document_N[inside]],
             document_N=document_N,
-            documents=len(kept),
             old_N=old_N,
             reference_N=self.reference_N[inside],
             correction_N=correction_N,
-            **options,
         )
+        return policy_losses(tokens, len(kept), **options)
 
     def step_loss(self, logps_N: torch.Tensor, cuts: list[range], **options: Any) -> torch.Tensor:
         weights_S = token_weights(options.get("loss_type", "dapo"), self.tokens_S, LIMIT)
@@ -435,17 +435,16 @@ def test_rows_of_padding_change_nothing(loss_type: str, variant: dict[str, Any])
         correction_N = importance_correction(
             old_N, longer(UNEVEN.sampler_N), document_N, 6, mode=mode, counted_N=counted_N, **limits
         )
-    made = policy_losses(
+    tokens = PolicyTokens(
         logps_N,
         advantages_N=longer(UNEVEN.advantages_S[UNEVEN.document_N]),
         document_N=document_N,
-        documents=6,
         old_N=old_N,
         reference_N=longer(UNEVEN.reference_N),
         correction_N=correction_N,
         counted_N=counted_N,
-        **options,
     )
+    made = policy_losses(tokens, 6, **options)
     assert torch.equal(made.losses_N, longer(plain.losses_N, 0)) and torch.equal(made.tokens_S, plain.tokens_S)
     for name, sum_S in plain.sums_S.items():
         assert torch.equal(made.sums_S[name], sum_S), name
@@ -459,18 +458,8 @@ def test_nothing_is_read_back_from_the_device(level: Any, mode: Any) -> None:
     values_N = torch.zeros(9, device="meta")  # has no values that could be read
     document_N, counted_N = values_N.long(), values_N.bool()
     correction_N = importance_correction(values_N, values_N, document_N, 3, mode=mode, counted_N=counted_N)
-    made = policy_losses(
-        values_N,
-        advantages_N=values_N,
-        document_N=document_N,
-        documents=3,
-        old_N=values_N,
-        reference_N=values_N,
-        correction_N=correction_N,
-        counted_N=counted_N,
-        importance_sampling_level=level,
-        beta=0.1,
-    )
+    tokens = PolicyTokens(values_N, values_N, document_N, values_N, values_N, correction_N, counted_N)
+    made = policy_losses(tokens, 3, importance_sampling_level=level, beta=0.1)
     assert made.losses_N.shape == (9,) and made.tokens_S.shape == (3,)
 
 
@@ -478,13 +467,8 @@ def test_nothing_is_read_back_from_the_device(level: Any, mode: Any) -> None:
 def test_on_policy_the_gradient_is_minus_the_advantage(level: Any) -> None:
     logps_N = UNEVEN.logps_N.clone().requires_grad_()
     advantages_N = UNEVEN.advantages_S[UNEVEN.document_N]
-    made = policy_losses(
-        logps_N,
-        advantages_N=advantages_N,
-        document_N=UNEVEN.document_N,
-        documents=6,
-        importance_sampling_level=level,
-    )
+    tokens = PolicyTokens(logps_N, advantages_N, UNEVEN.document_N)
+    made = policy_losses(tokens, 6, importance_sampling_level=level)
     assert torch.equal(made.losses_N, -advantages_N)
     made.losses_N.sum().backward()
     assert logps_N.grad is not None and torch.allclose(logps_N.grad, -advantages_N)
@@ -509,14 +493,8 @@ def test_with_the_corrected_kl_an_expected_gradient_is_that_of_the_divergence() 
     logits_V = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
     reference_V = torch.tensor([0.1, 0.2, -0.5, 0.4], dtype=torch.float64).log_softmax(0)
     logps_V = logits_V.log_softmax(0)
-    made = policy_losses(
-        logps_V,
-        advantages_N=torch.zeros(4, dtype=torch.float64),
-        document_N=torch.arange(4),
-        documents=4,
-        reference_N=reference_V,
-        beta=1.0,
-    )
+    tokens = PolicyTokens(logps_V, torch.zeros_like(reference_V), torch.arange(4), reference_N=reference_V)
+    made = policy_losses(tokens, 4, beta=1.0)
     (ours,) = torch.autograd.grad((logps_V.exp().detach() * made.losses_N).sum(), logits_V, retain_graph=True)
     (exact,) = torch.autograd.grad((logps_V.exp() * (logps_V - reference_V)).sum(), logits_V)
     assert torch.allclose(ours, exact)
@@ -554,8 +532,7 @@ def test_metrics_leave_out_answers_without_a_token() -> None:
 
 
 def call(**options: Any) -> Any:
-    given = {"advantages_N": torch.ones(1), "document_N": torch.zeros(1).long(), "documents": 1}
-    return policy_losses(torch.zeros(1), **{**given, **options})
+    return policy_losses(PolicyTokens(torch.zeros(1), torch.ones(1), torch.zeros(1).long()), 1, **options)
 
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [

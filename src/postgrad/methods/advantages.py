@@ -114,10 +114,10 @@ def overlong_penalty(lengths: Sequence[int] | np.ndarray, max_completion_length:
         raise ConfigError(
             f"the cache of {cache} tokens must lie between 0 and max_completion_length={max_completion_length}"
         )
-    over = np.asarray(lengths, dtype=np.float64) - (max_completion_length - cache)
+    left = max_completion_length - cache - np.asarray(lengths, dtype=np.float64)
     if cache == 0:
-        return np.where(over > 0, -1.0, 0.0)
-    return np.clip(-over / cache, -1.0, 0.0)
+        return np.where(left < 0, -1.0, 0.0)
+    return np.clip(left / cache, -1.0, 0.0)
 
 
 def _weighted(values_RF: torch.Tensor, weights_F: torch.Tensor, excluded_R: torch.Tensor) -> torch.Tensor:

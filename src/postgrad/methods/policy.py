@@ -8,7 +8,7 @@ loss does not depend on how its answers are cut into batches. Names are TRL's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +19,37 @@ from postgrad.methods.documents import counted, document_sums, document_tokens
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 Level = Literal["token", "sequence"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTokens:
+    """What is known of the trained tokens of a batch of sampled answers; every tensor has the shape (N,).
+
+    Args:
+        logps_N: log p under the weights being trained, float32 or float64, differentiable.
+        advantages_N: of the answer that each token belongs to.
+        document_N: int64, the document of each token.
+        old_N: log p under the weights that wrote the answers; None where those are the current ones.
+        reference_N: log p under the reference; None where there is no KL term.
+        correction_N: :func:`importance_correction`; None where nothing else than the trainer sampled.
+        counted_N: bool; leaves out the rows of padding. All count where it is None.
+    """
+
+    logps_N: torch.Tensor
+    advantages_N: torch.Tensor
+    document_N: torch.Tensor
+    old_N: torch.Tensor | None = None
+    reference_N: torch.Tensor | None = None
+    correction_N: torch.Tensor | None = None
+    counted_N: torch.Tensor | None = None
+
+    def masked(self) -> PolicyTokens:
+        """The same with zeros for the rows of padding, whose loss and gradient are 0 then, whatever they held."""
+        if self.counted_N is None:
+            return self
+        floats = ("logps_N", "advantages_N", "old_N", "reference_N", "correction_N")
+        given = {name: value_N for name in floats if (value_N := getattr(self, name)) is not None}
+        return replace(self, **{name: counted(value_N, self.counted_N) for name, value_N in given.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +71,9 @@ class PolicyLoss:
 
 
 def policy_losses(
-    logps_N: torch.Tensor,
-    *,
-    advantages_N: torch.Tensor,
-    document_N: torch.Tensor,
+    tokens: PolicyTokens,
     documents: int,
-    old_N: torch.Tensor | None = None,
-    reference_N: torch.Tensor | None = None,
-    correction_N: torch.Tensor | None = None,
-    counted_N: torch.Tensor | None = None,
+    *,
     loss_type: LossType = "dapo",
     importance_sampling_level: Level = "token",
     epsilon: float = 0.2,
@@ -59,63 +84,49 @@ def policy_losses(
 ) -> PolicyLoss:
     """Each token's loss: clipped surrogate, times the sampler's correction, plus beta times the KL term.
 
-    Every tensor argument has the shape (N,). The surrogate is that of PPO (Schulman et al. 2017, arXiv:1707.06347,
-    equation 7) as GRPO has it (Shao et al. 2024, arXiv:2402.03300, equation 3); over whole answers that of GSPO
-    (Zheng et al. 2025, arXiv:2507.18071); for ``cispo`` that of MiniMax-M1 (2025, arXiv:2506.13585).
+    The surrogate is that of PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7) as GRPO has it (Shao et al. 2024,
+    arXiv:2402.03300, equation 3); over whole answers that of GSPO (Zheng et al. 2025, arXiv:2507.18071); for ``cispo``
+    that of MiniMax-M1 (2025, arXiv:2506.13585).
 
     Args:
-        logps_N: log p under the weights being trained, float32 or float64, differentiable.
-        advantages_N: of the answer that each token belongs to.
-        document_N: int64, the document of each token; documents are whole.
+        tokens: a batch of whole answers.
         documents: S.
-        old_N: log p under the weights that wrote the answers; None where those are the current ones, detached.
-        reference_N: the reference's; needed where beta is not 0.
-        correction_N: :func:`importance_correction`.
-        counted_N: bool; leaves out the rows of padding.
         loss_type: ``cispo``, or any other, which differ only in :func:`token_weights`.
         importance_sampling_level: a ratio for each ``token``, or one for the ``sequence``: their geometric mean.
         epsilon, epsilon_high: the ratio is clipped to 1 − epsilon … 1 + epsilon_high (DAPO, arXiv:2503.14476); None
             for epsilon on both sides. For ``cispo`` epsilon_high is the greatest ratio itself.
         delta: the greatest ratio where the advantage is negative (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
-        beta: weight of the KL term, Schulman's k3 estimator: exp(d) − d − 1 with d = log π_ref − log π.
+        beta: weight of the KL term, :func:`k3`.
         use_bias_correction_kl: multiply that by the ratio, for an unbiased gradient (DeepSeek-V3.2, arXiv:2512.02556).
 
     Raises:
         ConfigError: the settings contradict each other.
-        ValueError: beta without ``reference_N``.
+        ValueError: beta is not 0, but there is no ``reference_N``.
     """
     upper = _check_clipping(loss_type, importance_sampling_level, epsilon, epsilon_high, delta)
-    if beta != 0 and reference_N is None:
-        raise ValueError("the KL term (beta is not 0) needs reference_N")
-    logps_N, advantages_N = counted(logps_N, counted_N), counted(advantages_N, counted_N)
-    old_N = logps_N.detach() if old_N is None else counted(old_N, counted_N)
-    tokens_S = document_tokens(document_N, documents, counted_N)
-    log_ratio_N = logps_N - old_N
-    if importance_sampling_level == "sequence":
-        mean_S = document_sums(log_ratio_N, document_N, documents) / tokens_S.clamp(min=1)
-        log_ratio_N = mean_S[document_N]
-    ratio_N = log_ratio_N.exp()
+    tokens = tokens.masked()
+    ratio_N = _ratios(tokens, documents, importance_sampling_level)
     if loss_type == "cispo":
-        losses_N, watched = _cispo(logps_N, ratio_N, advantages_N, upper)
+        losses_N, watched = _cispo(tokens.logps_N, ratio_N, tokens.advantages_N, upper)
     else:
-        losses_N, watched = _clipped(ratio_N, advantages_N, epsilon, upper, delta)
+        losses_N, watched = _clipped(ratio_N, tokens.advantages_N, epsilon, upper, delta)
     watched["ratio"] = ratio_N
-    if correction_N is not None:
-        watched["correction"] = counted(correction_N, counted_N)
-        losses_N = losses_N * watched["correction"]
-    if beta != 0 and reference_N is not None:
-        kl_N = k3(logps_N, counted(reference_N, counted_N))
+    if tokens.correction_N is not None:
+        watched["correction"] = tokens.correction_N
+        losses_N = losses_N * tokens.correction_N
+    if beta != 0:
+        if tokens.reference_N is None:
+            raise ValueError("the KL term (beta is not 0) needs reference_N")
+        kl_N = k3(tokens.logps_N, tokens.reference_N)
         watched["kl"] = kl_N * ratio_N if use_bias_correction_kl else kl_N
         losses_N = losses_N + beta * watched["kl"]
-    sums_S = {
-        name: document_sums(value_N.detach().to(losses_N.dtype), document_N, documents, counted_N)
-        for name, value_N in watched.items()
-    }
-    return PolicyLoss(losses_N, sums_S, tokens_S)
+    return PolicyLoss(losses_N, *_sums(watched, tokens, documents))
 
 
 def k3(logps_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
     """Schulman's estimate of KL(π ‖ π_ref) from tokens that π wrote, never negative (joschu.net/blog/kl-approx.html).
+
+    exp(d) − d − 1 with d = log π_ref − log π.
 
     Args:
         logps_N, reference_N: log p under π and under π_ref, any shape, differentiable.
@@ -138,9 +149,10 @@ def importance_correction(
     """The factor that makes up for a sampler whose probabilities are not quite the trainer's.
 
     Args:
-        old_N: the trainer's log p of the answers' tokens, of the weights that wrote them, shape (N,).
+        old_N: the trainer's log p of the answers' tokens, under the weights that wrote them, shape (N,); where those
+            are the ones being trained, ``logps_N`` itself.
         sampler_N: the sampler's, shape (N,); NaN where it gave none, which counts as no difference.
-        document_N, documents, counted_N: as in :func:`policy_losses`.
+        document_N, documents, counted_N: as in :func:`~postgrad.methods.documents.document_sums`.
         mode: TRL's ``vllm_importance_sampling_mode``. ``token_*``: a ratio for each token; ``sequence_*``: the ratio of
             the whole answer (the product, not a mean). ``*_truncate``: clipped to clip_min … clip_max; ``*_mask``: 0
             outside of that.
@@ -253,6 +265,26 @@ METRICS = {
     "clip_region": "clip_ratio/region_mean",
     "cispo_clip": "cispo_clip_ratio",
 }
+
+
+def _ratios(tokens: PolicyTokens, documents: int, level: Level) -> torch.Tensor:
+    """How much likelier each token, or its whole answer per token, is now than when it was written."""
+    old_N = tokens.logps_N.detach() if tokens.old_N is None else tokens.old_N
+    log_ratio_N = tokens.logps_N - old_N
+    if level == "sequence":
+        tokens_S = document_tokens(tokens.document_N, documents, tokens.counted_N)
+        mean_S = document_sums(log_ratio_N, tokens.document_N, documents) / tokens_S.clamp(min=1)
+        log_ratio_N = mean_S[tokens.document_N]
+    return log_ratio_N.exp()
+
+
+def _sums(
+    watched: Mapping[str, torch.Tensor], tokens: PolicyTokens, documents: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Of each document: the sums of what is logged, and its number of tokens."""
+    dtype, of = tokens.logps_N.dtype, (tokens.document_N, documents, tokens.counted_N)
+    sums_S = {name: document_sums(value_N.detach().to(dtype), *of) for name, value_N in watched.items()}
+    return sums_S, document_tokens(*of)
 
 
 def _clipped(
