@@ -13,7 +13,7 @@ from postgrad.display import Display
 from postgrad.evaluate import shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
-from postgrad.methods.policy import group_advantages, overlong_penalty
+from postgrad.methods.advantages import group_advantages, overlong_penalty
 from postgrad.methods.reference import Reference, token_logprobs
 from postgrad.model.packed import PackedModel
 from postgrad.rewards.contract import Completion, Reward
