@@ -55,6 +55,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any], method: str 
     Raises:
         ConfigError: for an unreadable file or an invalid option; the message names file and option.
     """
+    if method not in RUN_CONFIGS:
+        raise ConfigError(f"there is no method '{method}'", f"there are {', '.join(RUN_CONFIGS)}")
     values = read_yaml(path) if path is not None else {}
     values.update(overrides)
     if values.pop("method", method) != method:

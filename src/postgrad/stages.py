@@ -16,14 +16,12 @@ from postgrad.attempts import Attempts, judge_attempts
 from postgrad.checking import Data
 from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.data.formats import EXAMPLES, prompt_key
+from postgrad.data.formats import prompt_key
 from postgrad.data.load import load_examples
-from postgrad.data.pairs import PAIRS
 from postgrad.data.questions import read_questions
+from postgrad.data.readers import READERS
 from postgrad.data.render import Renderer
-from postgrad.data.rows import Reader
 from postgrad.data.split import split_heldout
-from postgrad.data.tasks import TASKS
 from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, as_rows, sit
@@ -52,7 +50,6 @@ from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
 
 GYM_HELDOUT = 100
-READERS: dict[str, Reader[Any]] = {"sft": EXAMPLES, "dpo": PAIRS, "grpo": TASKS}
 
 
 # -- 1. load ----------------------------------------------------------------------------------------------------
