@@ -109,10 +109,15 @@ class GRPOConfig(SFTConfig):
     top_k: int = Field(0, ge=0, description="Sample from so many tokens; 0: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, relative to the likeliest token's.")
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the starting model; 0: not computed.")
+    use_bias_correction_kl: bool = Field(
+        True, description="Multiply the divergence by the token's ratio, so that its gradient is unbiased."
+    )
     num_iterations: int = Field(1, gt=0, description="Updates on each batch of completions.")
     loss_type: GRPOLoss = Field("dapo", description="What a token's loss is divided by, and how its ratio is clipped.")
     epsilon: float = Field(0.2, ge=0, description="Clip the ratio to 1 − epsilon below.")
-    epsilon_high: float | None = Field(None, ge=0, description="Clip it to 1 + epsilon_high above; default: epsilon.")
+    epsilon_high: float | None = Field(
+        None, ge=0, description="Clip it to 1 + epsilon_high above (cispo: to epsilon_high itself); default: epsilon."
+    )
     delta: float | None = Field(None, gt=0, description="Upper bound of the ratio where the advantage is negative.")
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="Ratios of tokens (GRPO) or of whole completions (GSPO, arXiv:2507.18071)."
@@ -175,6 +180,8 @@ class GRPOConfig(SFTConfig):
                 f"a step of {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} = {completions} "
                 f"completions does not hold whole groups of num_generations={self.num_generations}"
             )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type=cispo needs epsilon_high, the largest ratio that counts in full: such as 5")
         if self.overlong_cache is not None and self.overlong_cache > self.max_completion_length:
             raise ValueError("overlong_cache is longer than max_completion_length")
         if self.load_best_model_at_end or self.early_stopping_patience:

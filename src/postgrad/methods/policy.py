@@ -68,6 +68,11 @@ def group_advantages(
     return Advantages(centred_GR.reshape(-1).nan_to_num(0.0), rewards_R, std_G, std_G <= NO_SIGNAL)
 
 
+def spread(values_R: torch.Tensor) -> float:
+    """Standard deviation of all known values (n − 1 in the denominator); 0 where there are fewer than two."""
+    return float(_nanstd(values_R[None]))
+
+
 def _nanstd(values_GR: torch.Tensor) -> torch.Tensor:
     """Standard deviation of each row's known values; 0 where there are fewer than two."""
     count_G = (~values_GR.isnan()).sum(1)
@@ -81,8 +86,9 @@ class PolicyLoss:
 
     Args:
         losses_N: differentiable, before any division.
-        metrics: detached, shape (N,) each, to be averaged over a step's tokens: ``kl``; the share of tokens whose ratio
-            the clipping holds at its lower or upper end; the ratio itself.
+        metrics: detached, shape (N,) each, to be averaged over a step's tokens: ``kl`` as it is in the loss; the share
+            of tokens whose ratio the clipping holds at its lower or upper end (``cispo_clip_ratio``: at its only one);
+            the ratio itself.
     """
 
     losses_N: torch.Tensor
@@ -130,23 +136,22 @@ def policy_losses(
     if loss_type == "cispo":
         most = epsilon if epsilon_high is None else epsilon_high
         losses_N = -ratio_N.clamp(max=most).detach() * advantages_N * logps_N
-        held_low_N, held_high_N = torch.zeros_like(ratio_N), (ratio_N > most) & (advantages_N > 0)
+        held = {"cispo_clip_ratio": (ratio_N > most) & (advantages_N > 0)}
     else:
         free_N = ratio_N if delta is None else ratio_N.clamp(max=delta)
         losses_N = -torch.minimum(free_N * advantages_N, ratio_N.clamp(low, high) * advantages_N)
-        held_low_N = (ratio_N < low) & (advantages_N < 0)
-        held_high_N = (ratio_N > high) & (advantages_N > 0)
-    metrics = {
-        "clip_ratio/low_mean": held_low_N.to(ratio_N),
-        "clip_ratio/high_mean": held_high_N.to(ratio_N),
-        "sampling/ratio_mean": ratio_N.detach(),
-    }
+        held = {
+            "clip_ratio/low_mean": (ratio_N < low) & (advantages_N < 0),
+            "clip_ratio/high_mean": (ratio_N > high) & (advantages_N > 0),
+        }
+    metrics = {name: held_N.to(ratio_N) for name, held_N in held.items()}
+    metrics["sampling/ratio_mean"] = ratio_N.detach()
     if beta:
         assert reference_N is not None
         apart_N = reference_N - logps_N
-        kl_N = apart_N.exp() - apart_N - 1
+        kl_N = (apart_N.exp() - apart_N - 1) * (ratio_N if use_bias_correction_kl else 1.0)
         metrics["kl"] = kl_N.detach()
-        losses_N = losses_N + beta * (kl_N * ratio_N if use_bias_correction_kl else kl_N)
+        losses_N = losses_N + beta * kl_N
     return PolicyLoss(losses_N, metrics)
 
 
