@@ -115,6 +115,9 @@ class GRPOConfig(SFTConfig):
     top_k: int = Field(0, ge=0, description="Sample from so many tokens; 0: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, relative to the likeliest token's.")
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the starting model; 0: not computed.")
+    use_bias_correction_kl: bool = Field(
+        True, description="Multiply the divergence by the token's ratio, so that its gradient is unbiased."
+    )
     num_iterations: int = Field(1, gt=0, description="Updates on each batch of completions.")
     loss_type: GRPOLoss = Field("dapo", description="What a token's loss is divided by, and how its ratio is clipped.")
     epsilon: float = Field(0.2, ge=0, description="Clip the ratio to 1 − epsilon below.")

@@ -18,7 +18,7 @@ from postgrad.methods.reference import Reference, token_logprobs
 from postgrad.model.packed import PackedModel
 from postgrad.rewards.contract import Completion, Reward
 from postgrad.rewards.score import Account, score
-from postgrad.runs import Run
+from postgrad.runs import ROLLOUTS, Run
 from postgrad.sampling import Sampling
 from postgrad.types import Answer, Conversation, Rollout, Task
 
@@ -153,7 +153,7 @@ class Rollouts:
         self._keep(groups, found.rewards_R.tolist(), found.advantages_R.tolist(), number)
         facts = {
             "reward": float(found.rewards_R.nanmean()),
-            "reward_std": float(found.std_G.mean()),
+            "reward_std": _spread(found.rewards_R),
             "frac_reward_zero_std": float(found.silent_G.double().mean()),
             **self._by_reward(rewards_RF),
             **_lengths(answers),
@@ -247,7 +247,7 @@ class Rollouts:
         for (group, i, answer), reward, advantage in list(zip(answers, rewards, advantages, strict=True))[:KEPT_ROWS]:
             task = self.tasks[group.example]
             self.judge.run.append(
-                "rollouts.jsonl",
+                ROLLOUTS,
                 {
                     "step": number * self.config.num_iterations + 1,
                     "source": str(task.source),
@@ -263,8 +263,8 @@ class Rollouts:
 
 
 def sampling_of(config: GRPOConfig, seed: int) -> Sampling:
-    """How completions are sampled."""
-    return Sampling(config.temperature, config.top_p, config.top_k, config.min_p or 0.0, seed)
+    """How completions are sampled: as the loss assumes, whatever the model's generation_config says."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.min_p or 0.0, seed, alone=True)
 
 
 def prompt_of(task: Task) -> Any:
@@ -277,6 +277,12 @@ def completion_of(task: Task, answer: Answer) -> Completion:
     if isinstance(task.question, Conversation):
         return [{"role": "assistant", "content": answer.text}]
     return answer.text
+
+
+def _spread(rewards_R: torch.Tensor) -> float:
+    """Standard deviation of all rewards, as TRL logs it; 0 where there are fewer than two."""
+    known_R = rewards_R[~rewards_R.isnan()]
+    return float(known_R.std()) if len(known_R) > 1 else 0.0
 
 
 def _lengths(answers: Sequence[Answer]) -> dict[str, float]:

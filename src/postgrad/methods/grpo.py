@@ -116,6 +116,7 @@ class GRPO(Method):
             epsilon_high=self.config.epsilon_high,
             delta=self.config.delta,
             beta=self.config.beta,
+            use_bias_correction_kl=self.config.use_bias_correction_kl,
         )
         weights_N = _of_documents([self._weights[index] for index in batch.sample_ids], batch, logps_N)
         loss = (found.losses_N * weights_N).sum() * scale
