@@ -17,7 +17,7 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
 
 _PLACES = {
     "DPOConfig": "postgrad.method_config",
-    "DPOTrainer": "postgrad.trainers",
+    "DPOTrainer": "postgrad.dpo_trainer",
     "SFTConfig": "postgrad.config",
     "SFTTrainer": "postgrad.trainers",
     "DataCollatorForCompletionOnlyLM": "postgrad.tutorial",
@@ -44,9 +44,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from postgrad.config import SFTConfig
+    from postgrad.dpo_trainer import DPOTrainer
     from postgrad.errors import PostgradError
     from postgrad.method_config import DPOConfig
-    from postgrad.trainers import DPOTrainer, SFTTrainer
+    from postgrad.trainers import SFTTrainer
     from postgrad.tutorial import (
         DataCollatorForCompletionOnlyLM,
         display_dataset,

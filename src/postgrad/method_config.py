@@ -61,6 +61,11 @@ class DPOConfig(SFTConfig):
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
 
     @property
+    def drops_out(self) -> bool:
+        """Whether the model's dropout, if it has any, is on in training."""
+        return not self.disable_dropout
+
+    @property
     def losses(self) -> list[str]:
         """The parts of the loss."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -150,6 +155,11 @@ class GRPOConfig(SFTConfig):
     def updates_per_batch(self) -> int:
         """Optimizer steps on the same examples, one after the other."""
         return self.num_iterations
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether the model's dropout, if it has any, is on in training."""
+        return not self.disable_dropout
 
     @property
     def rewards(self) -> list[Any]:
