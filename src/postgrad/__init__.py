@@ -17,9 +17,9 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
 
 _PLACES = {
     "DPOConfig": "postgrad.method_config",
-    "DPOTrainer": "postgrad.method_trainers",
+    "DPOTrainer": "postgrad.dpo_trainer",
     "GRPOConfig": "postgrad.method_config",
-    "GRPOTrainer": "postgrad.method_trainers",
+    "GRPOTrainer": "postgrad.grpo_trainer",
     "SFTConfig": "postgrad.config",
     "SFTTrainer": "postgrad.trainers",
     "DataCollatorForCompletionOnlyLM": "postgrad.tutorial",
@@ -48,9 +48,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from postgrad.config import SFTConfig
+    from postgrad.dpo_trainer import DPOTrainer
     from postgrad.errors import PostgradError
+    from postgrad.grpo_trainer import GRPOTrainer
     from postgrad.method_config import DPOConfig, GRPOConfig
-    from postgrad.method_trainers import DPOTrainer, GRPOTrainer
     from postgrad.trainers import SFTTrainer
     from postgrad.tutorial import (
         DataCollatorForCompletionOnlyLM,

@@ -67,6 +67,11 @@ class DPOConfig(SFTConfig):
         super().__init__(**values)
 
     @property
+    def drops_out(self) -> bool:
+        """Whether the model's dropout, if it has any, is on in training."""
+        return not self.disable_dropout
+
+    @property
     def losses(self) -> list[str]:
         """The parts of the loss."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -164,6 +169,11 @@ class GRPOConfig(SFTConfig):
     def updates_per_batch(self) -> int:
         """Optimizer steps on the same examples, one after the other."""
         return self.num_iterations
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether the model's dropout, if it has any, is on in training."""
+        return not self.disable_dropout
 
     @property
     def rewards(self) -> list[Any]:

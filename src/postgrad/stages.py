@@ -212,17 +212,19 @@ def refer(
     prepared: Prepared,
     heldout: Prepared | None,
     run: Run,
+    resumes: bool,
     display: Display,
 ) -> tuple[Prepared, Prepared | None]:
     """Let the starting model be the reference, where the method has one over its documents."""
     if not isinstance(config, DPOConfig) or config.reference_free:
         return prepared, heldout
     known = isinstance(config, RunConfig) and config.load_from_cache_file
-    known = known and baseline.is_known_by_weights(packed.model)
     options: dict[str, Any] = {
         "token_budget": choices["token_budget"],
         "dtype": DTYPES[choices["compute_dtype"]],
-        "model_sha256": run.read_json("environment.json")["model"]["sha256"] if known else None,
+        "cached": known and baseline.is_known_by_weights(packed.model),
+        "run": run,
+        "resumes": resumes,
         "display": display,
     }
     prepared = add_reference(packed, prepared, **options)

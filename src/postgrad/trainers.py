@@ -150,8 +150,12 @@ class Trainer:
             metric_key_prefix: put before each name.
 
         Returns:
-            ``eval_loss`` (mean per trained token, natural logarithm), ``eval_perplexity``, ``eval_tokens``,
-            ``eval_runtime`` (seconds), ``eval_samples_per_second`` and ``epoch``.
+            ``eval_loss`` and what else the method measures, ``eval_runtime`` (seconds), ``eval_samples_per_second`` and
+            ``epoch``. SFT's loss is the mean per trained token (natural logarithm), beside ``eval_perplexity`` and
+            ``eval_tokens``. DPO's is that of a pair, beside ``eval_rewards/…`` and ``eval_logps/…``.
+
+        Raises:
+            ConfigError: where there are no rows, or no reference for them.
         """
         started = time.perf_counter()
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset

@@ -1,4 +1,4 @@
-"""The Python API of preference training and of online RL: TRL's trainers over the same parts."""
+"""Online RL in Python: TRL's interface over the same parts."""
 
 from __future__ import annotations
 
@@ -7,52 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from postgrad import trl_options
 from postgrad.checking import Data
-from postgrad.data.pairs import PAIRS
 from postgrad.data.tasks import TASKS
 from postgrad.errors import ConfigError
-from postgrad.method_config import DPOConfig, GRPOConfig
+from postgrad.method_config import GRPOConfig
 from postgrad.rewards.load import load_rewards
 from postgrad.stages import reward_specs, weigh
 from postgrad.trainers import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class DPOTrainer(Trainer):
-    """Preference training (DPO) on rows of prompt, chosen and rejected; see :class:`Trainer`.
-
-    The reference is the model as it comes: one that was just fine-tuned in this process is its own reference.
-
-    Args:
-        ref_model: leave out; a reference other than the starting model is refused.
-        arguments: of :class:`Trainer`.
-    """
-
-    config = DPOConfig
-    reader = PAIRS
-    foreign: ClassVar[dict[str, str]] = {
-        **trl_options.TRAINER_ARGUMENTS,
-        "formatting_func": "give rows of prompt, chosen and rejected",
-    }
-
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        ref_model: Any = None,
-        args: DPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: Any = None,
-        **arguments: Any,
-    ) -> None:
-        if ref_model is not None and ref_model is not model and ref_model != model:
-            raise ConfigError(
-                "DPOTrainer: a ref_model of its own is not supported",
-                "leave it out: the reference is the starting model, computed once before training",
-            )
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, **arguments)
 
 
 class GRPOTrainer(Trainer):
