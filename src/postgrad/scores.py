@@ -105,7 +105,13 @@ def _of_tasks(comparison: Row) -> Iterator[Score]:
 def _of_rows(comparison: Row, of_pairs: bool) -> Iterator[Score]:
     kinds: tuple[tuple[str, str, Kind, int, str], ...] = (
         # The chosen answers' loss may rise while they are preferred more: DPO moves the two apart, not up.
-        ("loss", "Loss of the chosen answers" if of_pairs else "Held-out loss", "number", 0 if of_pairs else -1, "loss"),
+        (
+            "loss",
+            "Loss of the chosen answers" if of_pairs else "Held-out loss",
+            "number",
+            0 if of_pairs else -1,
+            "loss",
+        ),
         ("perplexity", "Perplexity of the chosen answers" if of_pairs else "Perplexity", "perplexity", 0, "loss"),
         ("exact", "Exact answers", "share", +1, "exact"),
         ("stop_rate", "Answers that stop", "share", +1, "asked"),
