@@ -87,7 +87,7 @@ def _of_pairs(comparison: Row) -> Iterator[Score]:
         yield Score(f"logp_{side}", f"Change of log p per token, {side}", "number", 0, None, moved, rows=pairs)
     yield _change("nearer", "Answers nearer to the chosen one", "share", found.get("nearer"), asked)
     won = at(found, "nearer", "win_rate")
-    yield _value("win_rate", "Prompts whose later answer is the nearer", "share", won, 0.5, asked)
+    yield _value("win_rate", "Answers that moved towards the chosen one", "share", won, 0.5, asked)
 
 
 def _of_tasks(comparison: Row) -> Iterator[Score]:

@@ -198,7 +198,10 @@ def _table(rows: list[Row], columns: tuple[tuple[str, str, Show], ...]) -> Row:
     cells = [
         [
             whole(real(row.get("step"))),
-            *(None if key == "loss" and real(row.get(key)) is None else show(real(row.get(key))) for _, key, show in kept),
+            *(
+                None if key == "loss" and real(row.get(key)) is None else show(real(row.get(key)))
+                for _, key, show in kept
+            ),
         ]
         for row in rows
     ]

@@ -6,14 +6,12 @@ from typing import Any
 
 from postgrad.report.text import interval, number, percent, points, signed, tokens_text
 from postgrad.scores import Score, at, scores
+from postgrad.scores import number as real
 
 Row = dict[str, Any]
 
-MAIN = {
-    "sft": ("loss", "exact", "stop_rate", "mean_length"),
-    "dpo": ("accuracy", "margin", "prefers_chosen", "nearer", "win_rate", "loss", "stop_rate", "mean_length"),
-    "grpo": ("reward", "pass@1", "pass@", "exact", "loss", "stop_rate", "mean_length"),
-}
+SHARED = ("loss", "perplexity", "exact", "stop_rate", "mean_length")
+DETAILS = ("logp_chosen", "logp_rejected")
 SHOWS: dict[str, tuple[Any, Any]] = {
     "number": (number, number),
     "perplexity": (number, number),
@@ -34,20 +32,18 @@ MEANINGS = {
 }
 
 
-def figures(comparison: Row, method: str = "sft") -> list[Row]:
-    """The key figures of a method, before → after, with the interval of the difference and what it says."""
-    found = [one for one in scores(comparison) if _is_main(one.key, method)]
-    rows = [written(one) for one in found]
+def figures(comparison: Row) -> list[Row]:
+    """The key figures, before → after, with the interval of the difference and what it says."""
+    rows = [written(one) for one in scores(comparison) if _is_key(one.key)]
     for row in rows:
         sides = [at(comparison, side, "perplexity") for side in ("before", "after")] if row["key"] == "loss" else []
-        row["perplexity"] = [number(value) for value in sides if value is not None]
+        row["perplexity"] = [number(value) for value in map(real, sides) if value is not None]
     return rows
 
 
 def own_figures(comparison: Row) -> list[Row]:
     """The figures that only a method with pairs or tasks has, each with its meaning."""
-    shared = {"loss", "perplexity", "exact", "stop_rate", "mean_length"}
-    return [written(one) | {"meaning": _meaning(one)} for one in scores(comparison) if one.key not in shared]
+    return [written(one) | {"meaning": _meaning(one)} for one in scores(comparison) if one.key not in SHARED]
 
 
 def written(one: Score) -> Row:
@@ -63,7 +59,7 @@ def written(one: Score) -> Row:
     return {
         "key": one.key,
         "label": one.label,
-        "single": one.before is None and one.key not in ("loss", "exact", "stop_rate", "mean_length"),
+        "single": one.before is None and one.key not in SHARED,
         "before": show(one.before),
         "after": value,
         "change": signed(show_change, one.difference),
@@ -74,8 +70,9 @@ def written(one: Score) -> Row:
     }
 
 
-def _is_main(key: str, method: str) -> bool:
-    return key in MAIN[method] or (method == "grpo" and key.startswith("pass@"))
+def _is_key(key: str) -> bool:
+    """Whether a figure stands at the top of the page; the others are in the method's own section, or beside it."""
+    return key != "perplexity" and key not in DETAILS and not key.startswith("rewards/")
 
 
 def _meaning(one: Score) -> str:

@@ -40,6 +40,7 @@ from postgrad.scores import METHOD_NAMES, ROW_NAMES, at, method_of
 Row = dict[str, Any]
 
 FIRST_ROWS = 12
+FEW_ROWS = 6  # pairs and tasks take more room
 MOST_TOKENS = 1500
 MOST_LOGGED = 200
 STATUS = {
@@ -141,7 +142,7 @@ def collect(run: Run) -> Row:
         "verdict": verdict(status, comparison, bool(before), bool(after), asked_for),
         "same_weights": _same_weights(comparison),
         "comparison": comparison,
-        "figures": figures(comparison, method),
+        "figures": figures(comparison),
         "method": method,
         "method_name": METHOD_NAMES[method],
         "unit": ROW_NAMES[method],
@@ -164,6 +165,7 @@ def collect(run: Run) -> Row:
         "facts": facts(environment),
         "events": timeline(events[-MOST_LOGGED:]),
         "first_rows": FIRST_ROWS,
+        "few_rows": FEW_ROWS,
     }
 
 
