@@ -5,6 +5,7 @@ Reads what another process, or another version, wrote: whatever is missing, or o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,8 +146,8 @@ def at(value: Any, *path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A number, or None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A finite number, or None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def _count(value: Any) -> int | None:
