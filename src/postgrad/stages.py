@@ -45,6 +45,7 @@ from postgrad.rewards.gym import gym_tasks, is_gym, parse_gym
 from postgrad.rewards.load import load_rewards
 from postgrad.rollouts import Judge
 from postgrad.runs import Run
+from postgrad.scores import ROW_NAMES
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
@@ -343,8 +344,9 @@ def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comp
     return model_card(
         name=run.path.name,
         base=loaded.name,
-        data=f"{len(data.train):,} rows ({names})",
+        data=f"{len(data.train):,} {ROW_NAMES[config.method]} ({names})",
         settings=settings,
         comparison=comparison,
         version=__version__,
+        method=config.method,
     )
