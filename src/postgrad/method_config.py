@@ -138,6 +138,10 @@ class GRPOConfig(SFTConfig):
     reward_weights: list[float] | None = Field(None, description="Weights of the rewards; default: 1 each.")
     reward_timeout: float = Field(10.0, gt=0, description="Seconds that a reward may take for a batch.")
     allow_code_execution: bool = Field(False, description="Let code rewards run the model's programs, within limits.")
+    environment: str | None = Field(
+        None, description="What answers the model, over several turns: calculator, or module:Class."
+    )
+    max_turns: int = Field(8, gt=0, description="Most answers of the model in an environment's episode.")
     num_samples: int = Field(1, gt=0, description="Sampled answers of each held-out task before and after, for pass@k.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
 
@@ -182,6 +186,8 @@ class GRPOConfig(SFTConfig):
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo needs epsilon_high, the largest ratio that counts in full: such as 5")
+        if self.environment is None and "max_turns" in self.changed:
+            raise ValueError("max_turns has no effect without environment")
         if self.overlong_cache is not None and self.overlong_cache > self.max_completion_length:
             raise ValueError("overlong_cache is longer than max_completion_length")
         if self.load_best_model_at_end or self.early_stopping_patience:
