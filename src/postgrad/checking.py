@@ -75,7 +75,7 @@ class Data:
 
 
 def examine(config: RunConfig, data: LoadedData[Any]) -> tuple[Prepared[Any], Renderer]:
-    """Render and check examples, or pairs, for a model without loading its weights: ``postgrad data check``."""
+    """Render and check rows for a model without loading its weights: ``postgrad data check``."""
     tokenizer, chat, context = load_tokenizer(
         config.model_name_or_path,
         revision=config.model_revision,
@@ -84,13 +84,10 @@ def examine(config: RunConfig, data: LoadedData[Any]) -> tuple[Prepared[Any], Re
         eos_token=config.eos_token,
         pad_token=config.pad_token,
     )
-    pairs = [example for example in data.examples if isinstance(example, Pair)]
-    freeze_template(config, tokenizer, [pair.chosen for pair in pairs] or data.examples)
+    freeze_template(config, tokenizer, data.examples)
     renderer = make_renderer(config, tokenizer, chat)
     options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
-    if pairs:
-        return prepare_pairs(pairs, renderer, config, limit=context, **options), renderer
-    prepared = prepare(data.examples, renderer, config, limit=context, **options)
+    prepared = PREPARE[config.method](data.examples, renderer, config, limit=context, **options)
     prepared.checks += _quality(config, prepared, None, renderer)
     return prepared, renderer
 

@@ -200,6 +200,11 @@ class SFTConfig(BaseModel):
         return 1
 
     @property
+    def drops_out(self) -> bool:
+        """Whether the model's dropout, if it has any, is on in training."""
+        return True
+
+    @property
     def changed(self) -> set[str]:
         """Names of the options that differ from their defaults."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}

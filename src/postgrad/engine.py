@@ -61,7 +61,7 @@ def _engine(
     model = loaded.model
     if config.moments_rounded and not has_triton(model.device):
         raise ConfigError(f"optim={config.optim} needs a CUDA GPU", "leave it out: the moments are then float32")
-    found = packed_model.choose(model, dtype)
+    found = packed_model.choose(model, dtype, dropout=config.drops_out)
     if config.method != "sft":
         found = with_sharing(model, found, dtype)
     packed = PackedModel(model, found)

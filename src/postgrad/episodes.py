@@ -208,8 +208,8 @@ def continuation(
     stop = renderer.stop_pattern.search(said, len(before))
     if stop is None or not said.startswith(before + STAND_IN) or not after.startswith(said):
         raise ConfigError(
-            "the chat template cannot be continued: with what the environment says after an answer, it writes what came "
-            "before in another way, and the model would not learn from what it saw",
+            "the chat template cannot be continued: once an environment has answered, it writes what came before in "
+            "another way, so that the model would not learn from what it saw",
             "give a template that only appends, with chat_template_path; see docs/rewards.md",
         )
     ids = renderer.encoder.ids(after[stop.start() :])

@@ -214,8 +214,9 @@ def make_ready(
         renderer = make_renderer(config, loaded.tokenizer, loaded.chat)
         prepared, heldout = examine_rows(config, loaded, data, renderer, run, display)
         packed, choices = choose(config, loaded, prepared, run, display, resume_from)
-        prepared, heldout = refer(config, packed, choices, prepared, heldout, run, display)
+        resumes = resume_from is not None
+        prepared, heldout = refer(config, packed, choices, prepared, heldout, run, resumes, display)
         judge = make_judge(config, loaded, data, prepared, run, display)
         job = make_job(config, loaded, prepared, heldout, packed, choices, judge, run, display)
-        try_out(job, choices, resumes=resume_from is not None)
+        try_out(job, choices, resumes=resumes)
     return Ready(job, make_exam(config, loaded, renderer, heldout, judge), choices)

@@ -1,7 +1,8 @@
 """The reference of a preference run: what the starting model thinks of every answer, computed once and kept.
 
 Kept values are taken back only where everything that shapes them is the same: weights, documents, how the model is
-computed, hardware and versions.
+computed, hardware and versions. A run keeps its own as well, in ``references/``: a resume in the same process, and an
+evaluation after training, no longer have the model that they came from.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ from safetensors.numpy import load_file, save_file
 from postgrad.checks.prepare import Prepared, fingerprint
 from postgrad.display import Display
 from postgrad.environment import describe
-from postgrad.errors import TrainingStopped
+from postgrad.errors import CheckpointError, TrainingStopped
 from postgrad.methods.reference import token_logprobs, with_reference
+from postgrad.model import adapters
 from postgrad.model.demo import cache_folder
+from postgrad.model.load import weights_sha256
 from postgrad.model.packed import PackedModel
+from postgrad.runs import Run
 from postgrad.types import Sample
 
 MOST_FILES = 20
@@ -36,7 +41,9 @@ def add_reference(
     *,
     token_budget: int,
     dtype: torch.dtype,
-    model_sha256: str | None,
+    cached: bool,
+    run: Run,
+    resumes: bool,
     display: Display,
 ) -> Prepared:
     """The documents with the starting model's log p of each trained token.
@@ -46,23 +53,53 @@ def add_reference(
         prepared: documents.
         token_budget: most tokens of a pass.
         dtype: training computes in.
-        model_sha256: identity of the weights; None computes anew and keeps nothing.
+        cached: whether values are kept for other runs, and taken from them: where weights say all about the model.
+        run: its ``environment.json`` names the starting model's weights; its own values are kept in it.
+        resumes: whether the run goes on, so that its own values are taken.
         display: for people.
 
     Raises:
         TrainingStopped: where a log p is no number.
+        CheckpointError: where a run goes on whose values are gone, with a model that was trained already.
     """
-    path = None if model_sha256 is None else _place(packed, prepared.samples, token_budget, dtype, model_sha256)
-    logps = _recall(path, prepared.samples) if path else None
+    samples, own = prepared.samples, _place_in(run, prepared.samples)
+    logps = _recall(own, samples) if resumes else None
+    if logps is not None:
+        display.note(f"reference: log p of {len(logps):,} answers, kept in {run.path}")
+        return replace(prepared, samples=list(with_reference(samples, logps)))
+    started_from = run.read_json("environment.json")["model"]["sha256"]
+    if resumes:
+        _require_untrained(packed, own, started_from)
+    path = _place(packed, samples, token_budget, dtype, started_from) if cached else None
+    logps = _recall(path, samples) if path else None
     if logps is None:
-        logps = token_logprobs(packed, prepared.samples, token_budget, dtype=dtype)
-        _require_finite(prepared.samples, logps)
+        logps = token_logprobs(packed, samples, token_budget, dtype=dtype)
+        _require_finite(samples, logps)
         display.note(f"reference: the starting model's log p of {len(logps):,} answers")
         if path:
             _keep(path, logps)
+            _forget_oldest(path.parent)
     else:
         display.note(f"reference: log p of {len(logps):,} answers, kept from an earlier run of this model and data")
-    return replace(prepared, samples=list(with_reference(prepared.samples, logps)))
+    _keep(own, logps)
+    return replace(prepared, samples=list(with_reference(samples, logps)))
+
+
+def known_reference(run: Run, samples: Sequence[Sample]) -> list[np.ndarray] | None:
+    """What a run's starting model thought of documents; None where they were neither trained on nor held out in it."""
+    return _recall(_place_in(run, samples), samples)
+
+
+def _require_untrained(packed: PackedModel, path: Path, started_from: str) -> None:
+    if not adapters.is_new(packed.model) and weights_sha256(packed.model) != started_from:
+        raise CheckpointError(
+            f"{path} is missing or damaged, and the model in memory is not the one that the run started from",
+            "give the trainer the starting model, loaded anew",
+        )
+
+
+def _place_in(run: Run, samples: Sequence[Sample]) -> Path:
+    return run.path / "references" / f"{fingerprint(samples)}.safetensors"
 
 
 def _require_finite(samples: Sequence[Sample], logps: Sequence[np.ndarray]) -> None:
@@ -109,8 +146,14 @@ def _keep(path: Path, logps: Sequence[np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": values, "sha256": digest.copy()}, partial)
         partial.replace(path)
-        known = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _forget_oldest(folder: Path) -> None:
+    """Bound the cache; where another process is faster, or the folder cannot be changed, that is no fault."""
+    with suppress(OSError):
+        known = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
         for old in known[:-MOST_FILES]:
             old.unlink(missing_ok=True)
-    except (OSError, SafetensorError):
-        partial.unlink(missing_ok=True)

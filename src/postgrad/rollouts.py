@@ -14,7 +14,7 @@ from postgrad.episodes import Played, Player
 from postgrad.evaluate import shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
-from postgrad.methods.policy import group_advantages, overlong_penalty, spread
+from postgrad.methods.advantages import group_advantages, overlong_penalty, spread
 from postgrad.methods.reference import Reference, token_logprobs
 from postgrad.model.packed import PackedModel
 from postgrad.rewards.contract import Completion, Reward
@@ -113,7 +113,7 @@ class Writer:
     config: GRPOConfig
     player: Player | None = None
 
-    def answers(self, tasks: Sequence[Task], prompts: list[list[int]], seeds: Sequence[int]) -> Sequence[Answer]:
+    def answers(self, tasks: Sequence[Task], prompts: list[list[int]], seeds: Sequence[int]) -> list[Answer]:
         """An answer to each task; everything random depends on ``seeds`` alone.
 
         Args:
@@ -122,7 +122,8 @@ class Writer:
             seeds: whole numbers from 0 on.
         """
         if self.player is not None:
-            return self.player.play(tasks, prompts, lambda *asked: self._written(*asked, seeds))
+            played = self.player.play(tasks, prompts, lambda seen, limit, turn: self._written(seen, limit, turn, seeds))
+            return list(played)
         return self._written(prompts, self.config.max_completion_length, 0, seeds)
 
     def _written(self, prompts: list[list[int]], limit: int, turn: int, seeds: Sequence[int]) -> list[Answer]:

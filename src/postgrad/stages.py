@@ -16,14 +16,12 @@ from postgrad.attempts import Attempts, judge_attempts
 from postgrad.checking import Data, make_player
 from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.data.formats import EXAMPLES, prompt_key
+from postgrad.data.formats import prompt_key
 from postgrad.data.load import load_examples
-from postgrad.data.pairs import PAIRS
 from postgrad.data.questions import read_questions
+from postgrad.data.readers import READERS
 from postgrad.data.render import Renderer
-from postgrad.data.rows import Reader
 from postgrad.data.split import split_heldout
-from postgrad.data.tasks import TASKS
 from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, as_rows, sit
@@ -52,7 +50,6 @@ from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
 
 GYM_HELDOUT = 100
-READERS: dict[str, Reader[Any]] = {"sft": EXAMPLES, "dpo": PAIRS, "grpo": TASKS}
 
 
 # -- 1. load ----------------------------------------------------------------------------------------------------
@@ -219,17 +216,19 @@ def refer(
     prepared: Prepared,
     heldout: Prepared | None,
     run: Run,
+    resumes: bool,
     display: Display,
 ) -> tuple[Prepared, Prepared | None]:
     """Let the starting model be the reference, where the method has one over its documents."""
     if not isinstance(config, DPOConfig) or config.reference_free:
         return prepared, heldout
     known = isinstance(config, RunConfig) and config.load_from_cache_file
-    known = known and baseline.is_known_by_weights(packed.model)
     options: dict[str, Any] = {
         "token_budget": choices["token_budget"],
         "dtype": DTYPES[choices["compute_dtype"]],
-        "model_sha256": run.read_json("environment.json")["model"]["sha256"] if known else None,
+        "cached": known and baseline.is_known_by_weights(packed.model),
+        "run": run,
+        "resumes": resumes,
         "display": display,
     }
     prepared = add_reference(packed, prepared, **options)

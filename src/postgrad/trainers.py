@@ -16,12 +16,10 @@ from postgrad.checks.prepare import Prepared
 from postgrad.config import SFTConfig
 from postgrad.data.formats import EXAMPLES
 from postgrad.data.load import build_examples, from_dataset
-from postgrad.data.pairs import PAIRS
 from postgrad.data.rows import Reader
 from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate import heldout_loss, mean_loss
-from postgrad.method_config import DPOConfig
 from postgrad.model import adapters
 from postgrad.model import packed as packed_model
 from postgrad.model.load import LoadedModel, check_vocabulary, load_model, place, refuse_unsupported, saved_dtype
@@ -152,8 +150,12 @@ class Trainer:
             metric_key_prefix: put before each name.
 
         Returns:
-            ``eval_loss`` (mean per trained token, natural logarithm), ``eval_perplexity``, ``eval_tokens``,
-            ``eval_runtime`` (seconds), ``eval_samples_per_second`` and ``epoch``.
+            ``eval_loss`` and what else the method measures, ``eval_runtime`` (seconds), ``eval_samples_per_second`` and
+            ``epoch``. SFT's loss is the mean per trained token (natural logarithm), beside ``eval_perplexity`` and
+            ``eval_tokens``. DPO's is that of a pair, beside ``eval_rewards/…`` and ``eval_logps/…``.
+
+        Raises:
+            ConfigError: where there are no rows, or no reference for them.
         """
         started = time.perf_counter()
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -335,42 +337,6 @@ class SFTTrainer(Trainer):
             text_field = self.args.dataset_text_field
             dataset = [{text_field: self._formatting_func(row.values)} for row in from_dataset(dataset, name).rows]
         return super()._examples(dataset, name)
-
-
-class DPOTrainer(Trainer):
-    """Preference training (DPO) on rows of prompt, chosen and rejected; see :class:`Trainer`.
-
-    The reference is the model as it comes: one that was just fine-tuned in this process is its own reference.
-
-    Args:
-        ref_model: leave out; a reference other than the starting model is refused.
-        arguments: of :class:`Trainer`.
-    """
-
-    config = DPOConfig
-    reader = PAIRS
-    foreign: ClassVar[dict[str, str]] = {
-        **trl_options.TRAINER_ARGUMENTS,
-        "formatting_func": "give rows of prompt, chosen and rejected",
-    }
-
-    def __init__(
-        self,
-        model: PreTrainedModel | str,
-        ref_model: Any = None,
-        args: DPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: Any = None,
-        **arguments: Any,
-    ) -> None:
-        if ref_model is not None and ref_model is not model and ref_model != model:
-            raise ConfigError(
-                "DPOTrainer: a ref_model of its own is not supported",
-                "leave it out: the reference is the starting model, computed once before training",
-            )
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, **arguments)
 
 
 def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from postgrad.kernels import has_triton
 from postgrad.kernels.linear_ce import linear_cross_entropy, token_logprobs, token_logprobs_and_entropies
 from postgrad.model.compiled import compiled_layers, decoder_layers, stopwatch
 from postgrad.model.graphed import GraphedPasses
-from postgrad.model.switches import packed_attention, recomputing, weights_in
+from postgrad.model.switches import packed_attention, recomputing, weights_in, without_dropout
 from postgrad.types import Batch, Sample, Source
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Choices:
         compiled: the layers are compiled in training.
         graphed: passes are replayed as CUDA graphs in training.
         recomputed: activations are computed again in the backward pass instead of kept.
+        dropout: the model's dropout is on in training.
         sharing: a prompt that several documents begin with can be computed once; see
             :func:`postgrad.model.sharing.with_sharing`.
         reason: why not the fast way, for people; empty otherwise.
@@ -57,6 +58,7 @@ class Choices:
     compiled: bool = False
     graphed: bool = False
     recomputed: bool = False
+    dropout: bool = True
     sharing: bool = False
     reason: str = ""
 
@@ -90,11 +92,12 @@ class PackedModel:
         """Use the packed attention inside the block, and the model's own after it.
 
         Args:
-            training: compiled layers and recomputation too, where they were chosen; scoring is always eager.
+            training: what was chosen of compiled layers, recomputation and dropout; scoring is always eager.
         """
         with (
             compiled_layers(self.model, training and self.choices.compiled),
             recomputing(self.model, training and self.choices.recomputed),
+            without_dropout(self.model, training and not self.choices.dropout),
             packed_attention(self.model, self.choices.packing),
         ):
             yield
@@ -214,23 +217,24 @@ class PackedModel:
         return model_inputs(batch, self.choices.packing)
 
 
-def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> Choices:
+def choose(model: PreTrainedModel, compute_dtype: torch.dtype | None = None, dropout: bool = True) -> Choices:
     """Try packing and the fused head on the model itself, on a few tokens, and keep what is right.
 
     Args:
         model: in any mode; its mode, attention and weights are restored.
         compute_dtype: dtype of the weights in training; default: as they are.
+        dropout: whether the model's dropout, if it has any, is on in training.
     """
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), weights_in(model, compute_dtype or model.dtype):
-            return _probe(model)
+            return replace(_probe(model, dropout), dropout=dropout)
     finally:
         model.train(training)
 
 
-def _probe(model: PreTrainedModel) -> Choices:
+def _probe(model: PreTrainedModel, dropout: bool) -> Choices:
     device = model.device
     generator = torch.Generator().manual_seed(0)
     vocabulary = embedding_rows(model)
@@ -238,7 +242,7 @@ def _probe(model: PreTrainedModel) -> Choices:
     alone = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in documents]
     head, scale, softcap, reason = _probe_head(model, documents[0], alone[0])
     config = model.config.get_text_config()
-    if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+    if dropout and any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
         problem = "documents go one by one: the model drops out attention weights"
         return Choices(packing=False, head=head, scale=scale, softcap=softcap, reason=problem)
     chosen = Choices(packing=True, head=head, scale=scale, softcap=softcap, reason=reason)

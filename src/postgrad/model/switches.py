@@ -1,4 +1,4 @@
-"""A model otherwise than it is, inside a block: its attention, recomputation, and the dtype of its weights."""
+"""A model otherwise than it is, inside a block: its attention, recomputation, dropout, and the dtype of its weights."""
 
 from __future__ import annotations
 
@@ -49,6 +49,38 @@ def _switch_recomputing(model: PreTrainedModel, on: bool) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module, off: bool = True) -> Iterator[None]:
+    """Let nothing be dropped inside the block, where ``off``; the model's own rates are back after it.
+
+    What is dropped is a float attribute of some module whose name says so: ``p`` of torch's dropout layers, and what
+    models hand to ``torch.nn.functional.dropout`` themselves (such as ``attention_dropout`` or ``layerdrop``).
+    """
+    kept = (
+        [(module, name, getattr(module, name)) for module in model.modules() for name in _rates(module)] if off else []
+    )
+    try:
+        for module, name, _ in kept:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, rate in kept:
+            setattr(module, name, rate)
+
+
+def _rates(module: torch.nn.Module) -> list[str]:
+    """Names of a module's dropout rates above zero."""
+    layer = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value > 0
+        and (name == "p" if layer else "drop" in name)
+    ]
 
 
 @contextmanager

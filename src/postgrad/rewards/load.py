@@ -14,8 +14,8 @@ from typing import Any
 
 from postgrad.errors import ConfigError
 from postgrad.rewards import builtin
-from postgrad.rewards.code import code_reward
 from postgrad.rewards.calculator import Calculator
+from postgrad.rewards.code import code_reward
 from postgrad.rewards.contract import Reward, RewardFunction, Value
 from postgrad.rewards.environment import Environment
 from postgrad.rewards.gym import gym_reward
