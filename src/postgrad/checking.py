@@ -19,6 +19,7 @@ from postgrad.data.load import LoadedData
 from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.display import Display
+from postgrad.episodes import Player
 from postgrad.errors import ConfigError, DataError, TrainingStopped
 from postgrad.evaluate import question_of
 from postgrad.method_config import DPOConfig, GRPOConfig
@@ -38,6 +39,7 @@ from postgrad.model.packed import PackedModel
 from postgrad.model.template import Chat, freeze_variables
 from postgrad.resuming import computed
 from postgrad.rewards.contract import Reward
+from postgrad.rewards.load import load_environment
 from postgrad.rollouts import Judge, Rollouts
 from postgrad.runs import Run
 from postgrad.train.loop import Job
@@ -216,6 +218,13 @@ def make_judge(
     return Judge(data.rewards, config.reward_timeout, loaded.chat.stop_ids, run, display, steps)
 
 
+def make_player(config: GRPOConfig, renderer: Renderer) -> Player | None:
+    """What plays episodes, where tasks are answered in an environment."""
+    if config.environment is None:
+        return None
+    return Player(load_environment(config.environment), renderer, config.max_turns, config.max_completion_length)
+
+
 def make_method(
     config: SFTConfig,
     loaded: LoadedModel,
@@ -241,6 +250,7 @@ def make_method(
         token_budget=choices["token_budget"],
         compute_dtype=dtype,
         reference=Reference(packed, dtype) if config.beta else None,
+        player=make_player(config, make_renderer(config, loaded.tokenizer, loaded.chat)),
     )
     return GRPO(config, roller)
 

@@ -149,6 +149,10 @@ class GRPOConfig(SFTConfig):
     reward_weights: list[float] | None = Field(None, description="Weights of the rewards; default: 1 each.")
     reward_timeout: float = Field(10.0, gt=0, description="Seconds that a reward may take for a batch.")
     allow_code_execution: bool = Field(False, description="Let code rewards run the model's programs, within limits.")
+    environment: str | None = Field(
+        None, description="What answers the model, over several turns: calculator, or module:Class."
+    )
+    max_turns: int = Field(8, gt=0, description="Most answers of the model in an environment's episode.")
     num_samples: int = Field(1, gt=0, description="Sampled answers of each held-out task before and after, for pass@k.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
 
@@ -199,6 +203,8 @@ class GRPOConfig(SFTConfig):
                 f"a step of {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} = {completions} "
                 f"completions does not hold whole groups of num_generations={self.num_generations}"
             )
+        if self.environment is None and "max_turns" in self.changed:
+            raise ValueError("max_turns has no effect without environment")
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
             raise ValueError("cispo needs epsilon_high, the greatest ratio (such as 5), and takes no delta")
         if self.overlong_cache is not None and self.overlong_cache > self.max_completion_length:
