@@ -151,7 +151,7 @@ class Display:
             return
         step = row["step"]
         if "eval_loss" in row:
-            self.note(f"step {step}/{self._total}  eval_loss {row['eval_loss']:.4f}  ({row['eval_tokens']:,} tokens)")
+            self.note(f"step {step}/{self._total}  eval_loss {row['eval_loss']:.4f}  {_beside(row)}")
             return
         pace = (time.monotonic() - self._started) / max(1, step - self._first)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - step)))
@@ -159,3 +159,10 @@ class Display:
             f"step {step}/{self._total}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  {left} left"
         )
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """What an evaluation tells beside its loss: of rows their tokens, of pairs how many are told apart."""
+    if "eval_tokens" in row:
+        return f"({row['eval_tokens']:,} tokens)"
+    return f"accuracy {row['eval_rewards/accuracies']:.0%}  margin {row['eval_rewards/margins']:+.4f}"

@@ -20,8 +20,8 @@ def verify_resume(
 ) -> None:
     """Prove on your own settings that a resumed run is the uninterrupted one, bit for bit.
 
-    Takes what 'sft' (or another method) takes. Trains a few steps straight through, then resumes from each of them, from
-    disk, and compares weights, moments, random state, data position and losses. Exit code 0: all the same, 1: not.
+    Takes what 'sft' (or another method) takes. Trains a few steps straight through, then resumes from each of them,
+    from disk, and compares weights, moments, random state, data position and losses. Exit code 0: all the same, 1: not.
     Nothing is left behind.
 
     \b
