@@ -106,6 +106,7 @@ class DPO(Method):
             reference_rejected_S=None if reference_S is None else reference_S[1::2],
             chosen_tokens_S=tokens_S[::2],
             rejected_tokens_S=tokens_S[1::2],
+            whole_S=None if alpha is None else sequence_sums(logps_N, document_N, tokens_S)[::2],
         )
         loss_S = pair_losses(
             scores,

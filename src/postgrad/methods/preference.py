@@ -33,6 +33,7 @@ class PairScores:
         chosen_S, rejected_S: sums of log p over the answers' tokens under the policy, differentiable.
         reference_chosen_S, reference_rejected_S: likewise under the reference; None where it is left out.
         chosen_tokens_S, rejected_tokens_S: how many tokens those are.
+        whole_S: as ``chosen_S`` with every token alike, which ``sft`` takes; None: ``chosen_S`` is that.
     """
 
     chosen_S: torch.Tensor
@@ -41,6 +42,7 @@ class PairScores:
     reference_rejected_S: torch.Tensor | None
     chosen_tokens_S: torch.Tensor
     rejected_tokens_S: torch.Tensor
+    whole_S: torch.Tensor | None = None
 
     @property
     def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +134,8 @@ def _apo_down(t: _Terms) -> torch.Tensor:
 
 
 def _sft(t: _Terms) -> torch.Tensor:
-    return -t.scores.chosen_S * t.chosen_share
+    whole_S = t.scores.chosen_S if t.scores.whole_S is None else t.scores.whole_S
+    return -whole_S * t.chosen_share
 
 
 LOSSES: dict[str, Callable[[_Terms], torch.Tensor]] = {
