@@ -93,9 +93,9 @@ def _of_pairs(comparison: Row) -> Iterator[Score]:
 
 def _of_tasks(comparison: Row) -> Iterator[Score]:
     found = comparison["attempts"]
-    tasks, k = _count(found.get("tasks")), found.get("k")
+    tasks, k = _count(found.get("tasks")), _count(found.get("k"))
     yield _change("reward", "Reward", "number", found.get("reward"), tasks)
-    for one in dict.fromkeys((1, k)):
+    for one in dict.fromkeys((1, k or 1)):
         yield _change(f"pass@{one}", f"pass@{one}", "share", found.get(f"pass@{one}"), tasks)
     rewards = found.get("rewards")
     if isinstance(rewards, dict) and len(rewards) > 1:  # a single one is the reward

@@ -19,7 +19,7 @@ def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
             sides.setdefault(str(row.get("id")), {})[name] = row
     pairs = []
     for one in sides.values():
-        row = one.get("before") or one["after"]
+        row = one["before"] if "before" in one else one["after"]
         pair = {key: row.get(key) for key in ("id", "kind", "source", "prompt", "reference", "answer", "rejected")}
         pairs.append(pair | {"before": _side(one.get("before")), "after": _side(one.get("after"))})
     return pairs
@@ -28,8 +28,8 @@ def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
 def _side(row: Row | None) -> Row | None:
     if row is None:
         return None
-    kept = {key: row.get(key) for key in ("response", "stop_reason", "new_tokens", "exact", "tries")}
-    numbers = {key: number(row.get(key)) for key in ("nll", "rejected_nll", "attempts", "right", "reward")}
+    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact", "tries")}
+    numbers = {key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")}
     nll, tokens = numbers["nll"], number(row.get("tokens"))
     return kept | numbers | {"loss": nll / tokens if nll is not None and tokens else None}
 
