@@ -14,7 +14,7 @@ from postgrad.episodes import Played, Player
 from postgrad.evaluate import shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
-from postgrad.methods.advantages import group_advantages, overlong_penalty, spread
+from postgrad.methods.advantages import group_advantages, overlong_penalty
 from postgrad.methods.reference import Reference, token_logprobs
 from postgrad.model.packed import PackedModel
 from postgrad.rewards.contract import Completion, Reward
@@ -204,7 +204,7 @@ class Rollouts:
         self._keep(groups, found.rewards_R.tolist(), found.advantages_R.tolist(), number)
         facts = {
             "reward": float(found.rewards_R.nanmean()),
-            "reward_std": spread(found.rewards_R),
+            "reward_std": _spread(found.rewards_R),
             "frac_reward_zero_std": float(found.silent_G.double().mean()),
             **self._by_reward(rewards_RF),
             **_lengths(answers),
@@ -332,6 +332,12 @@ def _shown(answer: Answer) -> str:
     if not isinstance(answer, Played):
         return answer.text
     return "\n".join(f"{message['role']}: {message['content']}" for message in answer.messages)
+
+
+def _spread(rewards_R: torch.Tensor) -> float:
+    """Standard deviation of all rewards, as TRL logs it; 0 where there are fewer than two."""
+    known_R = rewards_R[~rewards_R.isnan()]
+    return float(known_R.std()) if len(known_R) > 1 else 0.0
 
 
 def _lengths(answers: Sequence[Answer]) -> dict[str, float]:
