@@ -29,7 +29,9 @@ def _side(row: Row | None) -> Row | None:
     if row is None:
         return None
     kept = {key: row.get(key) for key in ("response", "stop_reason", "exact", "tries")}
-    numbers = {key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")}
+    numbers = {
+        key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")
+    }
     nll, tokens = numbers["nll"], number(row.get("tokens"))
     return kept | numbers | {"loss": nll / tokens if nll is not None and tokens else None}
 
