@@ -59,8 +59,12 @@ def load_config(path: str | Path | None, overrides: dict[str, Any], method: str 
         raise ConfigError(f"there is no method '{method}'", f"there are {', '.join(RUN_CONFIGS)}")
     values = read_yaml(path) if path is not None else {}
     values.update(overrides)
-    if values.pop("method", method) != method:
-        raise ConfigError(f"{path}: is a configuration of another method", f"its 'method' is not {method}")
+    other = values.pop("method", method)
+    if other != method:
+        cure = (
+            f"start it with 'postgrad {other}'" if other in RUN_CONFIGS else f"'method' is {' or '.join(RUN_CONFIGS)}"
+        )
+        raise ConfigError(f"{path}: is a configuration of another method, {other!r}, not of {method}", cure)
     for needed, flag in (("model_name_or_path", "-m MODEL"), ("dataset_name", "-d DATA")):
         if values.get(needed) is None:
             raise ConfigError(f"'{needed}' is missing", f"give {flag}, or {needed} in the config file")
