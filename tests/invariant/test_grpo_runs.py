@@ -29,6 +29,17 @@ from program import (
 
 STEPS = 6
 REWARDS = '''
+from postgrad.rewards.environment import EnvStep
+
+class Echo:
+    """Says again what was said, and pays for its length."""
+
+    def reset(self, row):
+        return [{"role": "user", "content": "begin"}]
+
+    def step(self, message):
+        return EnvStep([{"role": "user", "content": message["content"][:9]}], reward=len(message["content"]) / 50)
+
 def vowels(completions, **columns):
     """Differs from one completion to the next."""
     return [sum(text[-1]["content"].count(one) for one in "aeiou") / 10 for text in completions]
@@ -54,7 +65,11 @@ KINDS: dict[str, list[str]] = {
     "two updates": ["num_iterations=2", "epsilon=0.05"],
     "divergence": ["num_iterations=1", "beta=0.1"],
     "three updates and divergence": ["num_iterations=3", "beta=0.1", "epsilon=0.05"],
-}
+    "an environment": [
+        "-m", "stopping", "environment=my_rewards:Echo", "max_turns=3", "max_completion_length=60",
+        "num_iterations=2",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +78,7 @@ def base(cli: Callable[..., Result], model_folder: Callable[..., str]) -> list[s
     Path("my_rewards.py").write_text(REWARDS, encoding="utf-8")
     rows = [{"prompt": [{"role": "user", "content": f"{n} plus one"}], "answer": str(n)} for n in range(40)]
     write_jsonl(Path("tasks.jsonl"), rows)
+    tiny.stopping_folder(Path("stopping"))
     return ["grpo", "-m", model_folder("llama"), "-d", "tasks.jsonl", *BASE]
 
 
@@ -87,6 +103,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert_same("two", "one")
     assert [row["loss"] for row in metrics(Path("three"))] != [row["loss"] for row in metrics(Path("one"))]
     assert any(row["grad_norm"] > 0 for row in metrics(Path("one")))
+    if kind == "an environment":
+        assert metrics(Path("one"))[0]["completions/mean_turns"] > 1.5
 
 
 @reliability(10, "online RL: a stop signal in a step", "one checkpoint; the resume ends with the same bits")
@@ -144,7 +162,7 @@ def test_the_cut_into_passes_changes_nothing(cli: Callable[..., Result], base: l
         assert [row[key] for row in small] == pytest.approx(expected, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("kind", ["one update", "three updates and divergence"])
+@pytest.mark.parametrize("kind", ["one update", "three updates and divergence", "an environment"])
 def test_shared_prompts_change_nothing(
     cli: Callable[..., Result], base: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,7 +264,7 @@ def test_a_run_in_an_environment(
     base = [
         "grpo",
         "-m",
-        stopping_model(Path("model")),
+        str(tiny.stopping_folder(Path("model"))),
         "-d",
         tasks_file,
         *RUN,
@@ -292,19 +292,6 @@ def test_a_run_in_an_environment(
     assert set(rows_of(Path("run/after.jsonl"))[-1]["rewards"]) == {"stops", "environment"}
     again = cli(*base, *options, "-o", "again")
     assert again.code == 0 and metrics(Path("again")) == rows
-
-
-def stopping_model(path: Path) -> str:
-    """A model that writes the stop token about every sixth time: all hidden states lean to where its row points."""
-    import torch
-
-    model = tiny.model("llama", tie_word_embeddings=False)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.add_(0.03)
-        model.lm_head.weight[STOP] = 0.1
-    model.save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
-    return str(path)
 
 
 @pytest.mark.parametrize(
