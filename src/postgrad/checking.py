@@ -162,7 +162,7 @@ def examine_rows(
         if adapter is not None:
             run.update_environment(adapters=adapter)
         display.model(facts, adapter)
-        display.data(content, split)
+        display.data(content, split, config.method)
     for item in [*prepared.checks, *more]:
         if item.status == "warn":
             display.note(f"warning: {item.name}: {item.message}")

@@ -59,12 +59,15 @@ def load_config(path: str | Path | None, overrides: dict[str, Any], method: str 
         raise ConfigError(f"there is no method '{method}'", f"there are {', '.join(RUN_CONFIGS)}")
     values = read_yaml(path) if path is not None else {}
     values.update(overrides)
-    other = values.pop("method", method)
-    if other != method:
+    named = values.pop("method", method)
+    if named != method:
+        where = f"{path}: " if path else ""
         cure = (
-            f"start it with 'postgrad {other}'" if other in RUN_CONFIGS else f"'method' is {' or '.join(RUN_CONFIGS)}"
+            f"use 'postgrad {named}', or --method {named}"
+            if named in RUN_CONFIGS
+            else f"leave it out, or give {method}"
         )
-        raise ConfigError(f"{path}: is a configuration of another method, {other!r}, not of {method}", cure)
+        raise ConfigError(f"{where}'method' is {named}, not {method}", cure)
     for needed, flag in (("model_name_or_path", "-m MODEL"), ("dataset_name", "-d DATA")):
         if values.get(needed) is None:
             raise ConfigError(f"'{needed}' is missing", f"give {flag}, or {needed} in the config file")

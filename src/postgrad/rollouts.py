@@ -11,7 +11,7 @@ import torch
 
 from postgrad.display import Display
 from postgrad.episodes import Played, Player
-from postgrad.evaluate import shown_task
+from postgrad.evaluate import is_exact, shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
 from postgrad.methods.advantages import group_advantages, overlong_penalty
@@ -289,13 +289,15 @@ class Rollouts:
         answers = [(group, i, answer) for group in groups for i, answer in enumerate(group.answers)]
         for (group, i, answer), reward, advantage in list(zip(answers, rewards, advantages, strict=True))[:KEPT_ROWS]:
             task = self.tasks[group.example]
+            prompt, expected = shown_task(task)
             self.judge.run.append(
                 ROLLOUTS,
                 {
                     "step": number * self.config.num_iterations + 1,
                     "source": str(task.source),
-                    "prompt": shown_task(task)[0],
+                    "prompt": prompt,
                     "completion": _shown(answer),
+                    "exact": is_exact(answer.text, expected) if expected else None,
                     "stop_reason": answer.stop_reason,
                     "tokens": len(answer.token_ids),
                     "rewards": dict(zip(names, group.rewards_GF[i].tolist(), strict=True)),

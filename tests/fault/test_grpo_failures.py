@@ -187,7 +187,7 @@ def test_a_config_of_grpo_given_to_another_method(cli: Callable[..., Result], ba
         f"method: grpo\nmodel_name_or_path: {base[2]}\ndataset_name: tasks.jsonl\nreward_funcs: stops\n",
         encoding="utf-8",
     )
-    refused(cli(method, "config.yaml"), "another method, 'grpo'", "start it with 'postgrad grpo'")
+    refused(cli(method, "config.yaml"), f"'method' is grpo, not {method}", "use 'postgrad grpo'")
 
 
 def test_texts_need_no_chat_template(cli: Callable[..., Result], base: list[str], model_folder: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -159,7 +161,7 @@ def test_a_steps_loss_is_its_formula(loss_type: str, variant: dict[str, Any]) ->
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def shared_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from datasets import Dataset
 
     config = trl.GRPOConfig(
@@ -179,6 +181,14 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
     )
     made.model.train()
+    return made
+
+
+@pytest.fixture
+def trainer(shared_trainer: Any) -> Any:
+    """One whose settings are this test's alone."""
+    made = copy.copy(shared_trainer)
+    made.args, made._metrics = copy.copy(shared_trainer.args), {"train": defaultdict(list), "eval": defaultdict(list)}
     return made
 
 

@@ -317,3 +317,21 @@ def test_what_is_no_environment_is_refused(
 def test_the_calculator_has_a_name() -> None:
     assert load_environment("calculator") is Calculator
     assert GRPOConfig(environment="calculator").max_turns == 8
+
+
+def test_the_trainer_plays_too(tmp_path: Path) -> None:
+    from postgrad import GRPOTrainer
+
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"), environment="calculator", max_turns=2, max_completion_length=24, max_steps=1,
+        num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False, max_new_tokens=4, rehearsal=False,
+        reward_weights=[1, 0.5], logging_steps=1,
+    )  # fmt: skip
+    rows = [{"prompt": [{"role": "user", "content": f"{n}+1"}], "answer": str(n + 1)} for n in range(12)]
+    trainer = GRPOTrainer(
+        str(tiny.stopping_folder(tmp_path / "model")), reward_funcs="stops", args=args, train_dataset=rows
+    )
+    trainer.train()
+    assert [(reward.name, reward.weight) for reward in trainer.rewards] == [("stops", 1), ("environment", 0.5)]
+    (row,) = [one for one in trainer.state.log_history if "reward" in one]
+    assert row["reward"] == pytest.approx(row["rewards/stops/mean"] + 0.5 * row["rewards/environment/mean"])
