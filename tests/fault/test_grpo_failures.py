@@ -64,7 +64,7 @@ def tasks(count: int = 40, **columns: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def base(cli: Callable[..., Result], model_folder: Callable[..., str]) -> list[str]:
-    Path("my_rewards.py").write_text(REWARDS, encoding="utf-8")
+    Path("fault_rewards.py").write_text(REWARDS, encoding="utf-8")
     write_jsonl(Path("tasks.jsonl"), tasks(answer="1"))
     return ["grpo", "-m", model_folder("llama"), "-d", "tasks.jsonl", *OPTIONS, "-o", "run"]
 
@@ -81,8 +81,8 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
     [
         ([], ["no reward_funcs were given", "exact_answer"]),
         (["reward_funcs=exact_answr"], ["no reward called 'exact_answr'", "did you mean exact_answer?"]),
-        (["reward_funcs=my_rewards:god"], ["no 'god'", "it has: good"]),
-        (["reward_funcs=my_reward:good"], ["no module my_reward", "did you mean my_rewards?"]),
+        (["reward_funcs=fault_rewards:god"], ["no 'god'", "it has: good"]),
+        (["reward_funcs=fault_reward:good"], ["no module fault_reward", "did you mean fault_rewards?"]),
         (["reward_funcs=[{name: length, target: 4}]"], ["needs the option 'max'"]),
         (["reward_funcs=[stops, stops]"], ["two rewards are called 'stops'"]),
         (["reward_funcs=stops", "num_generations=3"], ["= 8 completions", "num_generations=3"]),
@@ -95,10 +95,10 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
         (["reward_funcs=stops", "assistant_only_loss=false"], ["assistant_only_loss", "no effect"]),
         (["reward_funcs=stops", "load_best_model_at_end=true"], ["load_best_model_at_end"]),
         (["reward_funcs=code"], ["allow_code_execution"]),
-        (["reward_funcs=my_rewards:needs"], ["colour"]),
-        (["reward_funcs=my_rewards:broken"], ["ZeroDivisionError: nothing to divide", "my_rewards.py"]),
-        (["reward_funcs=my_rewards:short"], ["short"]),
-        (["reward_funcs=[{name: my_rewards:hangs, reward_timeout: 0.2}]"], ["hangs"]),
+        (["reward_funcs=fault_rewards:needs"], ["colour"]),
+        (["reward_funcs=fault_rewards:broken"], ["ZeroDivisionError: nothing to divide", "fault_rewards.py"]),
+        (["reward_funcs=fault_rewards:short"], ["short"]),
+        (["reward_funcs=[{name: fault_rewards:hangs, reward_timeout: 0.2}]"], ["hangs"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
@@ -117,7 +117,7 @@ def test_code_is_run_where_that_is_allowed(cli: Callable[..., Result], base: lis
 
 def test_a_reward_that_sometimes_raises(cli: Callable[..., Result], base: list[str]) -> None:
     """Only the completions that it raises for are left out, counted, and said."""
-    result = cli(*base, "reward_funcs=my_rewards:sometimes")
+    result = cli(*base, "reward_funcs=fault_rewards:sometimes")
     assert result.code == 0, result.text
     assert "reward sometimes gave nothing for" in result.text and "a bad beginning" in result.text
     rows = rows_of(Path("run/rollouts.jsonl"))
@@ -134,7 +134,7 @@ def test_a_reward_that_sometimes_raises(cli: Callable[..., Result], base: list[s
 
 
 def test_a_reward_that_gives_no_number(cli: Callable[..., Result], base: list[str]) -> None:
-    result = cli(*base, "reward_funcs=my_rewards:nothing")
+    result = cli(*base, "reward_funcs=fault_rewards:nothing")
     assert result.code == 0, result.text
     for row in metrics(Path("run")):
         assert row["rewards/nothing/excluded"] == pytest.approx(1 / 8)
@@ -142,8 +142,8 @@ def test_a_reward_that_gives_no_number(cli: Callable[..., Result], base: list[st
 
 
 def test_a_reward_that_hangs_later_is_not_called_any_more(cli: Callable[..., Result], base: list[str]) -> None:
-    late = "{name: my_rewards:hangs_later, reward_timeout: 0.3}"
-    result = cli(*base, f"reward_funcs=[my_rewards:good, {late}]")
+    late = "{name: fault_rewards:hangs_later, reward_timeout: 0.3}"
+    result = cli(*base, f"reward_funcs=[fault_rewards:good, {late}]")
     assert result.code == 0, result.text
     assert "did not return within 0.3 s" in result.text and "it is not called any more" in result.text
     rows = metrics(Path("run"))
@@ -156,7 +156,7 @@ def test_a_reward_that_hangs_later_is_not_called_any_more(cli: Callable[..., Res
 
 
 def test_a_reward_that_never_applies_teaches_nothing(cli: Callable[..., Result], base: list[str]) -> None:
-    result = cli(*base, "reward_funcs=my_rewards:none", "weight_decay=0")
+    result = cli(*base, "reward_funcs=fault_rewards:none", "weight_decay=0")
     assert result.code == 0, result.text
     for row in metrics(Path("run")):
         assert row["reward"] is None and row["grad_norm"] == 0.0 and row["rewards/none/excluded"] == 1.0
@@ -171,7 +171,7 @@ def test_a_prompt_that_is_too_long(cli: Callable[..., Result], base: list[str]) 
     rows = tasks()
     rows[3]["prompt"][0]["content"] = "seven " * 600
     write_jsonl(Path("tasks.jsonl"), rows)
-    settings = [*base, "reward_funcs=my_rewards:good"]
+    settings = [*base, "reward_funcs=fault_rewards:good"]
     refused(cli(*settings), "1 of", "leave less than max_completion_length", "tasks.jsonl:4", code=3)
     result = cli(*settings[:-2], "run2", settings[-1], "excess_length_strategy=drop")
     assert result.code == 0, result.text
@@ -193,7 +193,7 @@ def test_a_config_of_grpo_given_to_another_method(cli: Callable[..., Result], ba
 def test_texts_need_no_chat_template(cli: Callable[..., Result], base: list[str], model_folder: Any) -> None:
     write_jsonl(Path("tasks.jsonl"), [{"prompt": f"{n} plus one is"} for n in range(40)])
     model = model_folder("llama", template=None)
-    result = cli("grpo", "-m", model, *base[3:], "reward_funcs=my_rewards:texts")
+    result = cli("grpo", "-m", model, *base[3:], "reward_funcs=fault_rewards:texts")
     assert result.code == 0, result.text
     rows = rows_of(Path("run/rollouts.jsonl"))
     assert all(row["prompt"].endswith("plus one is") for row in rows)
@@ -203,7 +203,7 @@ def test_texts_need_no_chat_template(cli: Callable[..., Result], base: list[str]
 def test_chats_of_a_model_without_a_chat_template_get_one(
     cli: Callable[..., Result], base: list[str], model_folder: Any
 ) -> None:
-    result = cli("grpo", "-m", model_folder("gpt2", template=None), *base[3:], "reward_funcs=my_rewards:good")
+    result = cli("grpo", "-m", model_folder("gpt2", template=None), *base[3:], "reward_funcs=fault_rewards:good")
     assert result.code == 0, result.text
     assert "template" in result.text
 
@@ -230,7 +230,7 @@ def rolling_stops(number: int) -> Callable[[], None]:
 @pytest.mark.parametrize("updates", [1, 2])
 def test_stopped_in_a_rollout(cli: Callable[..., Result], base: list[str], updates: int) -> None:
     """The first call answers held-out tasks, the second writes the first batch."""
-    settings = [*base[:-1], "whole", "reward_funcs=my_rewards:good", f"num_iterations={updates}", "epsilon=0.05"]
+    settings = [*base[:-1], "whole", "reward_funcs=fault_rewards:good", f"num_iterations={updates}", "epsilon=0.05"]
     result = cli(*settings)
     assert result.code == 0, result.text
     settings[len(base) - 1] = "run"

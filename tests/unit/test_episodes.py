@@ -248,7 +248,7 @@ RUN = ["num_generations=4", "per_device_train_batch_size=8", "max_completion_len
 
 @pytest.fixture
 def tasks_file(tmp_path: Path) -> str:
-    (tmp_path / "my_environments.py").write_text(HINTS, encoding="utf-8")
+    (tmp_path / "played_environments.py").write_text(HINTS, encoding="utf-8")
     rows = [{"prompt": [{"role": "user", "content": f"{n} + 1"}], "answer": str(n + 1)} for n in range(30)]
     return write_jsonl(tmp_path / "tasks.jsonl", rows)
 
@@ -271,7 +271,7 @@ def test_a_run_in_an_environment(
         "reward_funcs=stops",
         "num_iterations=2",
     ]
-    options = ["environment=my_environments:Hints", "max_turns=3", "reward_weights=[0.5, 1]"]
+    options = ["environment=played_environments:Hints", "max_turns=3", "reward_weights=[0.5, 1]"]
     result = cli(*base, *options, "-o", "run")
     assert result.code == 0, result.text
     rows = metrics(Path("run"))
@@ -298,13 +298,13 @@ def test_a_run_in_an_environment(
     ("options", "words"),
     [
         (["environment=calculater"], "did you mean calculator?"),
-        (["environment=my_environments:Hint"], "has no 'Hint'"),
-        (["environment=my_environments:Nothing"], "has no reset()"),
-        (["environment=my_environments:Picky"], "cannot be made"),
-        (["environment=my_environments:HINTS"], "has no 'HINTS'"),
+        (["environment=played_environments:Hint"], "has no 'Hint'"),
+        (["environment=played_environments:Nothing"], "has no reset()"),
+        (["environment=played_environments:Picky"], "cannot be made"),
+        (["environment=played_environments:HINTS"], "has no 'HINTS'"),
         (["environment=no_module:Hints"], "there is no module no_module for the environment"),
         (["reward_funcs=stops", "max_turns=3"], "max_turns has no effect without environment"),
-        (["environment=my_environments:failing"], "it is broken"),
+        (["environment=played_environments:failing"], "it is broken"),
     ],
 )
 def test_what_is_no_environment_is_refused(
