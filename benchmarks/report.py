@@ -1,7 +1,7 @@
 """Tables and charts from the measured JSON: ``python -m benchmarks.report [--check]``.
 
 Writes the part of ``docs/performance.md`` between its two markers and ``docs/images/performance-*.svg``, from
-``benchmarks/baselines/*.json`` and ``benchmarks/agreement/*.json``. Each file is of one
+``benchmarks/baselines/*.json``, ``benchmarks/agreement/*.json`` and ``benchmarks/methods/*.json``. Each file is of one
 machine and gets a section of its own.
 """
 
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import agreement_report
+from benchmarks import agreement_report, methods_report
 from benchmarks.charts import chart
 from benchmarks.tables import Record, introduction, section
 
@@ -61,6 +61,8 @@ def generate(root: Path) -> dict[Path, str]:
         record, image = json.loads(source.read_text()), f"images/performance-agreement-{source.stem}.svg"
         files[root / "docs" / image] = agreement_report.chart(record)
         parts.append(agreement_report.section(record, image))
+    for source in sorted((root / "benchmarks" / "methods").glob("*.json")):
+        parts.append(methods_report.section(json.loads(source.read_text())))
     page = root / "docs" / "performance.md"
     files[page] = fill(page.read_text(), "\n\n".join(parts))
     return files

@@ -18,6 +18,8 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
 _PLACES = {
     "DPOConfig": "postgrad.method_config",
     "DPOTrainer": "postgrad.dpo_trainer",
+    "GRPOConfig": "postgrad.method_config",
+    "GRPOTrainer": "postgrad.grpo_trainer",
     "SFTConfig": "postgrad.config",
     "SFTTrainer": "postgrad.trainers",
     "DataCollatorForCompletionOnlyLM": "postgrad.tutorial",
@@ -32,6 +34,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataCollatorForCompletionOnlyLM",
+    "GRPOConfig",
+    "GRPOTrainer",
     "PostgradError",
     "SFTConfig",
     "SFTTrainer",
@@ -46,7 +50,8 @@ if TYPE_CHECKING:
     from postgrad.config import SFTConfig
     from postgrad.dpo_trainer import DPOTrainer
     from postgrad.errors import PostgradError
-    from postgrad.method_config import DPOConfig
+    from postgrad.grpo_trainer import GRPOTrainer
+    from postgrad.method_config import DPOConfig, GRPOConfig
     from postgrad.trainers import SFTTrainer
     from postgrad.tutorial import (
         DataCollatorForCompletionOnlyLM,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from postgrad.episodes import Player
 from postgrad.evaluate import LEAST_ROWS, Exam, change, compare, is_exact, paired_bootstrap, prompt_ids
-from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
 from postgrad.model.packed import PackedModel
-from postgrad.rollouts import Judge, sampling_of
+from postgrad.rollouts import Judge, Writer
 from postgrad.types import Answer, Task
 
 Row = dict[str, Any]
@@ -27,10 +27,12 @@ class Attempts:
     Args:
         config: how often and how, and what counts as right.
         judge: rewards the answers.
+        player: plays the episodes of an environment.
     """
 
     config: GRPOConfig
     judge: Judge
+    player: Player | None = None
 
     def add(self, rows: list[Row], exam: Exam, packed: PackedModel) -> list[Row]:
         """Rows of an exam with what its tasks' attempts gave.
@@ -49,14 +51,9 @@ class Attempts:
         if not tasks:
             return rows
         repeated = [task for task in tasks for _ in range(self.config.num_samples)]
-        answers = generate(
-            packed.model,
-            exam.renderer.tokenizer,
-            [prompt_ids(exam.renderer, task) for task in repeated],
-            stop_ids=exam.stop_ids,
-            max_new_tokens=self.config.max_completion_length,
-            sampling=sampling_of(self.config, self.config.seed),
-        )
+        prompts = [prompt_ids(exam.renderer, task) for task in repeated]
+        writer = Writer(packed.model, exam.renderer.tokenizer, exam.stop_ids, self.config, self.player)
+        answers = writer.answers(repeated, prompts, [self.config.seed])
         rewards_RF = self.judge.rewards_RF(repeated, answers, 0)
         weights_F = np.array([reward.weight for reward in self.judge.rewards])
         for place, task in enumerate(tasks):

@@ -19,6 +19,7 @@ from postgrad.data.load import LoadedData
 from postgrad.data.questions import read_questions
 from postgrad.data.render import Renderer, RenderOptions, has_reasoning
 from postgrad.display import Display
+from postgrad.episodes import Player
 from postgrad.errors import ConfigError, DataError, TrainingStopped
 from postgrad.evaluate import question_of
 from postgrad.method_config import DPOConfig, GRPOConfig
@@ -38,6 +39,7 @@ from postgrad.model.packed import PackedModel
 from postgrad.model.template import Chat, freeze_variables
 from postgrad.resuming import computed
 from postgrad.rewards.contract import Reward
+from postgrad.rewards.load import load_environment
 from postgrad.rollouts import Judge, Rollouts
 from postgrad.runs import Run
 from postgrad.train.loop import Job
@@ -73,7 +75,7 @@ class Data:
 
 
 def examine(config: RunConfig, data: LoadedData[Any]) -> tuple[Prepared[Any], Renderer]:
-    """Render and check examples, or pairs, for a model without loading its weights: ``postgrad data check``."""
+    """Render and check rows for a model without loading its weights: ``postgrad data check``."""
     tokenizer, chat, context = load_tokenizer(
         config.model_name_or_path,
         revision=config.model_revision,
@@ -82,13 +84,10 @@ def examine(config: RunConfig, data: LoadedData[Any]) -> tuple[Prepared[Any], Re
         eos_token=config.eos_token,
         pad_token=config.pad_token,
     )
-    pairs = [example for example in data.examples if isinstance(example, Pair)]
-    freeze_template(config, tokenizer, [pair.chosen for pair in pairs] or data.examples)
+    freeze_template(config, tokenizer, data.examples)
     renderer = make_renderer(config, tokenizer, chat)
     options: dict[str, Any] = {"skip_bad": config.skip_bad, "problems": data.problems, "note": data.notes.append}
-    if pairs:
-        return prepare_pairs(pairs, renderer, config, limit=context, **options), renderer
-    prepared = prepare(data.examples, renderer, config, limit=context, **options)
+    prepared = PREPARE[config.method](data.examples, renderer, config, limit=context, **options)
     prepared.checks += _quality(config, prepared, None, renderer)
     return prepared, renderer
 
@@ -163,7 +162,7 @@ def examine_rows(
         if adapter is not None:
             run.update_environment(adapters=adapter)
         display.model(facts, adapter)
-        display.data(content, split)
+        display.data(content, split, config.method)
     for item in [*prepared.checks, *more]:
         if item.status == "warn":
             display.note(f"warning: {item.name}: {item.message}")
@@ -219,6 +218,13 @@ def make_judge(
     return Judge(data.rewards, config.reward_timeout, loaded.chat.stop_ids, run, display, steps)
 
 
+def make_player(config: GRPOConfig, renderer: Renderer) -> Player | None:
+    """What plays episodes, where tasks are answered in an environment."""
+    if config.environment is None:
+        return None
+    return Player(load_environment(config.environment), renderer, config.max_turns, config.max_completion_length)
+
+
 def make_method(
     config: SFTConfig,
     loaded: LoadedModel,
@@ -244,6 +250,7 @@ def make_method(
         token_budget=choices["token_budget"],
         compute_dtype=dtype,
         reference=Reference(packed, dtype) if config.beta else None,
+        player=make_player(config, make_renderer(config, loaded.tokenizer, loaded.chat)),
     )
     return GRPO(config, roller)
 

@@ -27,6 +27,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or holds no options.
+    """
+    try:
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds no options", "write one 'name: value' per line")
+    return {str(key): value for key, value in loaded.items()}
+
+
 def load_config(path: str | Path | None, overrides: dict[str, Any], method: str = "sft") -> RunConfig:
     """Read a YAML file, apply overrides, validate.
 
@@ -38,17 +55,9 @@ def load_config(path: str | Path | None, overrides: dict[str, Any], method: str 
     Raises:
         ConfigError: for an unreadable file or an invalid option; the message names file and option.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{path}: holds no options", "write one 'name: value' per line")
-        values.update({str(key): value for key, value in loaded.items()})
+    if method not in RUN_CONFIGS:
+        raise ConfigError(f"there is no method '{method}'", f"there are {', '.join(RUN_CONFIGS)}")
+    values = read_yaml(path) if path is not None else {}
     values.update(overrides)
     named = values.pop("method", method)
     if named != method:

@@ -13,7 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from postgrad import tables
 from postgrad.redaction import redact
+from postgrad.scores import ROW_NAMES
 from postgrad.types import StepResult
+
+MOST_SHOWN = 4  # held-out prompts whose answers are shown
 
 
 class Display:
@@ -60,12 +63,20 @@ class Display:
                 f"{adapter['trainable']:,} of {adapter['parameters']:,} parameters ({adapter['share']:.2%})"
             )
 
-    def data(self, checks: dict[str, Any], heldout: dict[str, Any]) -> None:
-        """Show what is trained on."""
-        counts = checks["counts"]
+    def data(self, checks: dict[str, Any], heldout: dict[str, Any], method: str = "sft") -> None:
+        """Show what is trained on.
+
+        Args:
+            checks: content of ``checks.json``.
+            heldout: ``rows`` and ``how``.
+            method: decides what a row is, and whether any of its tokens are trained.
+        """
+        counts, rows = checks["counts"], ROW_NAMES[method]
+        tokens = f"{counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained"
+        if method == "grpo":
+            tokens = f"{counts['tokens']:,} prompt tokens"
         summary = (
-            f"data   {counts['examples']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained; "
-            f"held out: {heldout['rows']:,} rows ({heldout['how']})"
+            f"data   {counts['examples']:,} {rows}, {tokens}; held out: {heldout['rows']:,} {rows} ({heldout['how']})"
         )
         if counts.get("dropped") or counts.get("truncated"):
             summary += f"; {counts.get('dropped', 0):,} dropped, {counts.get('truncated', 0):,} truncated"
@@ -90,11 +101,15 @@ class Display:
             self.console.print(tables.answers_table(questions, "before training"))
 
     def after(self, before: list[dict[str, Any]], after: list[dict[str, Any]], comparison: dict[str, Any]) -> None:
-        """Show answers side by side, and scores."""
+        """Show answers side by side, and scores; without questions, of pairs and tasks the first held-out ones."""
         if self.tables:
-            questions = [row for row in before if row["kind"] == "question"]
-            if questions:
-                self.console.print(tables.side_by_side(questions, after, "before and after"))
+            shown, title = [row for row in before if row["kind"] == "question"], "before and after"
+            if not shown and {"preference", "attempts"} & comparison.keys():
+                answered = [row for row in before if row["response"] is not None]
+                shown = answered[:MOST_SHOWN]
+                title = f"the first {len(shown)} of {len(answered)} held-out prompts, before and after"
+            if shown:
+                self.console.print(tables.side_by_side(shown, after, title))
             self.console.print(tables.score_table(comparison))
         self.note(comparison["verdict"]["text"])
 
@@ -114,13 +129,13 @@ class Display:
             TextColumn("train"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[shown]}"),
             TextColumn("{task.fields[speed]} tok/s"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,
         )
-        self._task = self._progress.add_task("train", total=total, completed=done, loss="–", speed="–")
+        self._task = self._progress.add_task("train", total=total, completed=done, shown="loss –", speed="–")
         try:
             with self._progress:
                 yield
@@ -143,7 +158,8 @@ class Display:
         """Show one optimizer step."""
         if self._progress is not None and self._task is not None:
             speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f}"
-            self._progress.update(self._task, completed=result.step, loss=f"{result.loss:.4f}", speed=speed)
+            shown = tables.measures({"loss": result.loss, **result.measured})
+            self._progress.update(self._task, completed=result.step, shown=shown, speed=speed)
 
     def log(self, row: dict[str, Any]) -> None:
         """Show one logged row; a progress bar shows the losses already."""
@@ -151,12 +167,14 @@ class Display:
             return
         step = row["step"]
         if "eval_loss" in row:
-            self.note(f"step {step}/{self._total}  eval_loss {row['eval_loss']:.4f}  {_beside(row)}")
+            measured = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+            tokens = f"  ({row['eval_tokens']:,} tokens)" if "eval_tokens" in row else ""
+            self.note(f"step {step}/{self._total}  eval_{tables.measures(measured)}{tokens}")
             return
         pace = (time.monotonic() - self._started) / max(1, step - self._first)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - step)))
         self.note(
-            f"step {step}/{self._total}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  "
+            f"step {step}/{self._total}  {tables.measures(row)}  grad_norm {row['grad_norm']:.3f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  {left} left"
         )
 

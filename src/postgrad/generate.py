@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,10 +160,11 @@ class _Session:
         self.stop_ids, self.max_new_tokens, self.sampling = list(stop_ids), max_new_tokens, sampling
         self.context = context_length(model, tokenizer)
         self.forward = Forward(model)
-        penalty = getattr(model.generation_config, "repetition_penalty", None)
-        self.choose = Chooser(sampling, penalty or 1.0)
+        penalty = None if self.sampling.alone else getattr(model.generation_config, "repetition_penalty", None)
+        self.choose = Chooser(self.sampling, penalty or 1.0)
         self.graphs = GraphPool(self.forward, self.choose)
-        self.plain = needs_transformers(model.generation_config) or max_new_tokens < 1
+        asked = not self.sampling.alone and needs_transformers(model.generation_config)
+        self.plain = asked or max_new_tokens < 1
 
     def answer(self, prompts: list[Sequence[int]], rows: list[int]) -> list[Answer]:
         """Answer one group; ``rows`` are the prompts' places in the caller's list."""
@@ -212,16 +214,30 @@ class _Session:
                 "min_p": sampling.min_p or None,
             }
         generate_tokens: Any = self.model.generate
-        out_BT: torch.Tensor = generate_tokens(
-            input_ids=ids_BW,
-            attention_mask=mask_BW,
-            max_new_tokens=steps,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-            **options,
-        )
+        with _without_settings(self.model) if sampling.alone else nullcontext():
+            out_BT: torch.Tensor = generate_tokens(
+                input_ids=ids_BW,
+                attention_mask=mask_BW,
+                max_new_tokens=steps,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **options,
+            )
         return out_BT[:, ids_BW.shape[1] :]
+
+
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its own generation_config inside the block: transformers fills in from it what is not given."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def needs_transformers(settings: Any) -> bool:

@@ -9,7 +9,10 @@ from pydantic import Field, model_validator
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.trl_options import Option
 
-DPOLoss = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "exo_pair", "nca_pair", "sft"]
+DPOLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "discopop", "sft",
+]  # fmt: skip
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 OF_SFT = ("assistant_only_loss", "completion_only_loss", "last_turn_only")
 
@@ -33,7 +36,6 @@ class DPOConfig(SFTConfig):
         "precompute_ref_log_probs": Option("harmless", "the reference is always computed once, before training"),
         "precompute_ref_batch_size": Option("harmless", "passes are cut by token_budget"),
         "padding_free": Option("harmless", "there is no padding"),
-        "discopop_tau": Option("harmless", "it belongs to a loss_type that is refused"),
         "f_alpha_divergence_coef": Option("harmless", "it belongs to an f_divergence_type that is refused"),
         "ref_model_mixup_alpha": Option("harmless", "it belongs to sync_ref_model"),
         "ref_model_sync_steps": Option("harmless", "it belongs to sync_ref_model"),
@@ -52,13 +54,17 @@ class DPOConfig(SFTConfig):
     loss_type: list[DPOLoss] | DPOLoss = Field("sigmoid", description="The loss of a pair, or a list that is added up.")
     loss_weights: list[float] | None = Field(None, description="Weights of a list of losses; default: 1 each.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs whose preference is assumed to be wrong (sigmoid, robust, exo)."
+        0.0, ge=0, lt=0.5, description="Share of pairs whose preference is assumed to be wrong (robust, exo_pair)."
     )
     ld_alpha: float | None = Field(
         None, ge=0, le=1, description="LD-DPO: weight of tokens beyond the shorter answer's length."
     )
+    discopop_tau: float = Field(0.05, gt=0, description="Temperature of the discopop loss.")
     reference_free: bool = Field(False, description="Leave the reference model out, as if it found all answers alike.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
 
     @property
     def drops_out(self) -> bool:
@@ -79,8 +85,8 @@ class DPOConfig(SFTConfig):
             raise ValueError("loss_type names a loss twice: use loss_weights")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"{len(self.losses)} losses but {len(self.loss_weights)} loss_weights")
-        if self.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(self.losses):
-            raise ValueError("label_smoothing has no effect with this loss_type")
+        if self.label_smoothing and not {"robust", "exo_pair"} & set(self.losses):
+            raise ValueError("label_smoothing has no effect with this loss_type: use robust")
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("exo_pair needs label_smoothing above 0, such as 0.001: its loss has a logarithm of it")
         return self
@@ -114,10 +120,15 @@ class GRPOConfig(SFTConfig):
     top_k: int = Field(0, ge=0, description="Sample from so many tokens; 0: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, relative to the likeliest token's.")
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the starting model; 0: not computed.")
+    use_bias_correction_kl: bool = Field(
+        True, description="Multiply the divergence by the token's ratio, so that its gradient is unbiased."
+    )
     num_iterations: int = Field(1, gt=0, description="Updates on each batch of completions.")
     loss_type: GRPOLoss = Field("dapo", description="What a token's loss is divided by, and how its ratio is clipped.")
     epsilon: float = Field(0.2, ge=0, description="Clip the ratio to 1 − epsilon below.")
-    epsilon_high: float | None = Field(None, ge=0, description="Clip it to 1 + epsilon_high above; default: epsilon.")
+    epsilon_high: float | None = Field(
+        None, ge=0, description="Clip it to 1 + epsilon_high above; default: epsilon. For cispo: the greatest ratio."
+    )
     delta: float | None = Field(None, gt=0, description="Upper bound of the ratio where the advantage is negative.")
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="Ratios of tokens (GRPO) or of whole completions (GSPO, arXiv:2507.18071)."
@@ -138,8 +149,15 @@ class GRPOConfig(SFTConfig):
     reward_weights: list[float] | None = Field(None, description="Weights of the rewards; default: 1 each.")
     reward_timeout: float = Field(10.0, gt=0, description="Seconds that a reward may take for a batch.")
     allow_code_execution: bool = Field(False, description="Let code rewards run the model's programs, within limits.")
+    environment: str | None = Field(
+        None, description="What answers the model, over several turns: calculator, or module:Class."
+    )
+    max_turns: int = Field(8, gt=0, description="Most answers of the model in an environment's episode.")
     num_samples: int = Field(1, gt=0, description="Sampled answers of each held-out task before and after, for pass@k.")
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
+
+    def __init__(self, /, **values: Any) -> None:
+        super().__init__(**values)
 
     @property
     def examples_per_step(self) -> int:
@@ -185,6 +203,10 @@ class GRPOConfig(SFTConfig):
                 f"a step of {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} = {completions} "
                 f"completions does not hold whole groups of num_generations={self.num_generations}"
             )
+        if self.environment is None and "max_turns" in self.changed:
+            raise ValueError("max_turns has no effect without environment")
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.delta is not None):
+            raise ValueError("cispo needs epsilon_high, the greatest ratio (such as 5), and takes no delta")
         if self.overlong_cache is not None and self.overlong_cache > self.max_completion_length:
             raise ValueError("overlong_cache is longer than max_completion_length")
         if self.load_best_model_at_end or self.early_stopping_patience:

@@ -6,17 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from postgrad.config import RunConfig
 from postgrad.errors import ConfigError, DataError
+from postgrad.method_config import RUN_CONFIGS
 from postgrad.runs import Run
+from postgrad.scores import Score, at, main_score, method_of, number
+from postgrad.scores import scores as listed
 
 Row = dict[str, Any]
 
 MARKS = ("config.yaml", "environment.json", "events.jsonl")
-FACTS = ("run", "status", "model", "data", "started", "steps", "loss", "loss_before", "loss_after", "verdict")
-SCORES = ("loss", "perplexity", "exact", "stop_rate", "mean_length")
+FACTS = (
+    "run", "status", "method", "model", "data", "started", "steps", "loss", "loss_before", "loss_after", "main",
+    "verdict",
+)  # fmt: skip
 LOWER_IS_BETTER = ("loss", "perplexity")
-NO_DIRECTION = ("mean_length",)
+NO_DIRECTION = ("mean_length", "logp_chosen", "logp_rejected")
 PLACE_ONLY = ("output_dir", "run_name")
 
 
@@ -57,6 +61,7 @@ def _facts(run: Run) -> Row:
     return {
         "run": str(run.path),
         "status": status,
+        "method": method_of(config),
         "model": config.get("model_name_or_path") or at(environment, "model", "name"),
         "data": config.get("dataset_name") or "rows given in Python",
         "started": environment.get("started"),
@@ -64,6 +69,7 @@ def _facts(run: Run) -> Row:
         "loss": losses[-1]["loss"] if losses else None,
         "loss_before": number(at(comparison, "before", "loss")),
         "loss_after": number(at(comparison, "after", "loss")),
+        "main": _main(main_score(comparison)),
         "verdict": at(comparison, "verdict", "status"),
     }
 
@@ -96,29 +102,28 @@ def details(run: Run) -> Row:
 
 
 def changed_settings(config: Row) -> Row:
-    """Settings that are not at their defaults, but for where the run is."""
-    fields = RunConfig.model_fields
+    """Settings that are not at their method's defaults, but for where the run is."""
+    fields = RUN_CONFIGS[method_of(config)].model_fields
     return {
         name: value
         for name, value in config.items()
-        if name not in PLACE_ONLY
+        if name not in (*PLACE_ONLY, "method")
         and not (name in fields and fields[name].get_default(call_default_factory=True) == value)
     }
 
 
 def scores(comparison: Row) -> dict[str, Row]:
-    """Each score before and after, with its difference and interval."""
-    names = [name for name in (at(comparison, "after") or {}) if number(at(comparison, "after", name)) is not None]
+    """Each score before and after, with its difference and interval (see :class:`postgrad.scores.Score`)."""
+    names = ("before", "after", "difference", "low", "high")
     return {
-        name: {
-            "before": number(at(comparison, "before", name)),
-            "after": number(at(comparison, "after", name)),
-            "difference": number(at(comparison, "difference", name, "mean")),
-            "low": number(at(comparison, "difference", name, "low")),
-            "high": number(at(comparison, "difference", name, "high")),
-        }
-        for name in names
+        one.key: {name: getattr(one, name) for name in names} for one in listed(comparison) if one.after is not None
     }
+
+
+def _main(score: Score | None) -> Row | None:
+    if score is None:
+        return None
+    return {"name": score.key, "kind": score.kind, "before": score.before, "after": score.after}
 
 
 def difference(a: Run, b: Run) -> Row:
@@ -196,18 +201,6 @@ def size_of(path: Path) -> int:
             except OSError:  # it went meanwhile
                 continue
     return total
-
-
-def at(value: Any, *path: str) -> Any:
-    """A value inside objects of a file, which someone may have changed; None where it is not."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def number(value: Any) -> float | None:
-    """A number, or None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _same(sides: list[Row], key: str) -> bool | None:

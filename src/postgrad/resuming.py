@@ -12,7 +12,7 @@ from postgrad.display import Display
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.method_config import read_config
 from postgrad.redaction import redact
-from postgrad.runs import Run
+from postgrad.runs import ROLLOUTS, Run
 from postgrad.train import checkpoint
 from postgrad.train.checkpoint import LoopState
 
@@ -73,7 +73,7 @@ def find_checkpoint(run: Run, display: Display) -> tuple[Path | None, list[str]]
     saved = any(row.get("event") in ("saved", "interrupted") for row in run.read_rows("events.jsonl"))
     if saved or not interrupted:
         return checkpoint.newest(folder)
-    for name in ("before.jsonl", "metrics.jsonl", "after.jsonl"):
+    for name in ("before.jsonl", "metrics.jsonl", ROLLOUTS, "after.jsonl"):
         (run.path / name).unlink(missing_ok=True)
     display.note("no checkpoint was saved: the run starts again from its first step")
     return None, []
@@ -93,7 +93,8 @@ def restore(
     Args:
         path: the checkpoint.
         identity: fingerprints of data, model, settings and choices as they are now.
-        run: its ``metrics.jsonl`` becomes what had been logged at the checkpoint.
+        run: its ``metrics.jsonl`` becomes what had been logged at the checkpoint, and ``rollouts.jsonl`` loses the
+            completions that were written after it.
         total_steps: steps planned now.
 
     Raises:
@@ -109,5 +110,7 @@ def restore(
             "undo the changes, or start a new run; only logging, saving, the spike guard and max_steps may change",
         )
     run.write_rows("metrics.jsonl", state.log_history)
+    if (run.path / ROLLOUTS).exists():
+        run.write_rows(ROLLOUTS, [row for row in run.read_rows(ROLLOUTS) if row["step"] <= state.step])
     run.event("resumed", step=state.step, checkpoint=path.name)
     return state, tensors

@@ -10,20 +10,21 @@ import numpy as np
 import torch
 
 from postgrad.display import Display
-from postgrad.evaluate import shown_task
+from postgrad.episodes import Played, Player
+from postgrad.evaluate import is_exact, shown_task
 from postgrad.generate import generate
 from postgrad.method_config import GRPOConfig
-from postgrad.methods.policy import group_advantages, overlong_penalty
+from postgrad.methods.advantages import group_advantages, overlong_penalty
 from postgrad.methods.reference import Reference, token_logprobs
 from postgrad.model.packed import PackedModel
 from postgrad.rewards.contract import Completion, Reward
 from postgrad.rewards.score import Account, score
-from postgrad.runs import Run
+from postgrad.runs import ROLLOUTS, Run
 from postgrad.sampling import Sampling
 from postgrad.types import Answer, Conversation, Rollout, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEPT_ROWS = 64  # completions of a batch that are written to rollouts.jsonl
 
@@ -66,11 +67,14 @@ class Judge:
             step: optimizer steps done.
         """
         names = dict.fromkeys(name for task in tasks for name in task.columns)
+        columns = {name: [task.columns.get(name) for task in tasks] for name in names}
+        if any(isinstance(answer, Played) for answer in answers):
+            columns["environment_reward"] = [getattr(answer, "reward", None) for answer in answers]
         found = score(
             self.rewards,
             [prompt_of(task) for task in tasks],
             [completion_of(task, answer) for task, answer in zip(tasks, answers, strict=True)],
-            {name: [task.columns.get(name) for task in tasks] for name in names},
+            columns,
             self.timeout,
             completion_ids=[answer.token_ids for answer in answers],
             stop_token_ids=self.stop_ids,
@@ -89,6 +93,50 @@ class Judge:
             said = f": {account.messages[0]}" if account.messages else ""
             off = "; it is not called any more" if account.disabled else ""
             self.display.note(f"warning: reward {name} gave nothing for {account.failed} of {total} answers{said}{off}")
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Lets a model answer tasks as a run's settings say, or play their episodes.
+
+    Args:
+        model: as :func:`postgrad.generate.generate` takes it.
+        tokenizer: of the model.
+        stop_ids: ids that end an answer.
+        config: settings.
+        player: plays episodes, where there is an environment.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Sequence[int]
+    config: GRPOConfig
+    player: Player | None = None
+
+    def answers(self, tasks: Sequence[Task], prompts: list[list[int]], seeds: Sequence[int]) -> list[Answer]:
+        """An answer to each task; everything random depends on ``seeds`` alone.
+
+        Args:
+            tasks: what is answered.
+            prompts: token ids of each.
+            seeds: whole numbers from 0 on.
+        """
+        if self.player is not None:
+            played = self.player.play(tasks, prompts, lambda seen, limit, turn: self._written(seen, limit, turn, seeds))
+            return list(played)
+        return self._written(prompts, self.config.max_completion_length, 0, seeds)
+
+    def _written(self, prompts: list[list[int]], limit: int, turn: int, seeds: Sequence[int]) -> list[Answer]:
+        entropy = [*seeds, turn] if turn else list(seeds)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            stop_ids=self.stop_ids,
+            max_new_tokens=limit,
+            sampling=sampling_of(self.config, seed),
+        )
 
 
 @dataclass(slots=True)
@@ -113,6 +161,7 @@ class Rollouts:
         token_budget: most tokens of a scoring pass.
         compute_dtype: of the weights in training.
         reference: the starting model, where its divergence counts.
+        player: plays the episodes of an environment.
     """
 
     def __init__(
@@ -127,8 +176,10 @@ class Rollouts:
         token_budget: int,
         compute_dtype: torch.dtype,
         reference: Reference | None = None,
+        player: Player | None = None,
     ) -> None:
-        self.packed, self.tokenizer, self.tasks, self.prompts = packed, tokenizer, tasks, prompts
+        self.packed, self.tasks, self.prompts = packed, tasks, prompts
+        self.writer = Writer(packed.model, tokenizer, judge.stop_ids, config, player)
         self.judge, self.config, self.reference = judge, config, reference
         self.scoring: dict[str, Any] = {
             "token_budget": token_budget,
@@ -153,7 +204,7 @@ class Rollouts:
         self._keep(groups, found.rewards_R.tolist(), found.advantages_R.tolist(), number)
         facts = {
             "reward": float(found.rewards_R.nanmean()),
-            "reward_std": float(found.std_G.mean()),
+            "reward_std": _spread(found.rewards_R),
             "frac_reward_zero_std": float(found.silent_G.double().mean()),
             **self._by_reward(rewards_RF),
             **_lengths(answers),
@@ -165,18 +216,10 @@ class Rollouts:
     def _answered(self, examples: list[int], number: int, attempt: int) -> list[_Group]:
         """Answer some tasks; everything random depends on the run's seed, the batch and the attempt alone."""
         count = self.config.num_generations
-        seed = int(np.random.SeedSequence([self.config.seed, number, attempt]).generate_state(1, np.uint64)[0])
-        prompts = [self.prompts[example] for example in examples for _ in range(count)]
-        with self.packed.writing():
-            answers = generate(
-                self.packed.model,
-                self.tokenizer,
-                prompts,
-                stop_ids=self.judge.stop_ids,
-                max_new_tokens=self.config.max_completion_length,
-                sampling=sampling_of(self.config, seed),
-            )
+        prompts = [list(self.prompts[example]) for example in examples for _ in range(count)]
         tasks = [self.tasks[example] for example in examples for _ in range(count)]
+        with self.packed.writing():
+            answers = self.writer.answers(tasks, prompts, [self.config.seed, number, attempt])
         rewards_RF = self.judge.rewards_RF(tasks, answers, number * self.config.num_iterations)
         if self.config.overlong_cache:
             lengths = np.array([len(answer.token_ids) for answer in answers])
@@ -209,9 +252,9 @@ class Rollouts:
         return bool(found.silent_G.all())
 
     def _rollout(self, example: int, answer: Answer, advantage: float) -> Rollout:
-        prompt = list(self.prompts[example])
+        prompt = answer.prompt_ids if isinstance(answer, Played) else list(self.prompts[example])
         trained = 0.0 if answer.stop_reason == "length" and self.config.mask_truncated_completions else 1.0
-        weights = [0.0] * len(prompt) + [trained] * len(answer.token_ids)
+        weights = [0.0] * len(prompt) + [trained * by_model for by_model in _own(answer)]
         return Rollout(
             np.array([*prompt, *answer.token_ids], dtype=np.int64),
             np.array(weights, dtype=np.float32),
@@ -246,13 +289,15 @@ class Rollouts:
         answers = [(group, i, answer) for group in groups for i, answer in enumerate(group.answers)]
         for (group, i, answer), reward, advantage in list(zip(answers, rewards, advantages, strict=True))[:KEPT_ROWS]:
             task = self.tasks[group.example]
+            prompt, expected = shown_task(task)
             self.judge.run.append(
-                "rollouts.jsonl",
+                ROLLOUTS,
                 {
                     "step": number * self.config.num_iterations + 1,
                     "source": str(task.source),
-                    "prompt": shown_task(task)[0],
-                    "completion": answer.text,
+                    "prompt": prompt,
+                    "completion": _shown(answer),
+                    "exact": is_exact(answer.text, expected) if expected else None,
                     "stop_reason": answer.stop_reason,
                     "tokens": len(answer.token_ids),
                     "rewards": dict(zip(names, group.rewards_GF[i].tolist(), strict=True)),
@@ -263,8 +308,8 @@ class Rollouts:
 
 
 def sampling_of(config: GRPOConfig, seed: int) -> Sampling:
-    """How completions are sampled."""
-    return Sampling(config.temperature, config.top_p, config.top_k, config.min_p or 0.0, seed)
+    """How completions are sampled: as the loss assumes, whatever the model's generation_config says."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.min_p or 0.0, seed, alone=True)
 
 
 def prompt_of(task: Task) -> Any:
@@ -275,13 +320,33 @@ def prompt_of(task: Task) -> Any:
 def completion_of(task: Task, answer: Answer) -> Completion:
     """The completion as reward functions get it, of the prompt's kind."""
     if isinstance(task.question, Conversation):
-        return [{"role": "assistant", "content": answer.text}]
+        return answer.messages if isinstance(answer, Played) else [{"role": "assistant", "content": answer.text}]
     return answer.text
 
 
+def _own(answer: Answer) -> list[bool]:
+    """For each of an answer's tokens whether the model wrote it."""
+    return answer.own if isinstance(answer, Played) else [True] * len(answer.token_ids)
+
+
+def _shown(answer: Answer) -> str:
+    """An answer as text for people; of an episode all that was said."""
+    if not isinstance(answer, Played):
+        return answer.text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in answer.messages)
+
+
+def _spread(rewards_R: torch.Tensor) -> float:
+    """Standard deviation of all rewards, as TRL logs it; 0 where there are fewer than two."""
+    known_R = rewards_R[~rewards_R.isnan()]
+    return float(known_R.std()) if len(known_R) > 1 else 0.0
+
+
 def _lengths(answers: Sequence[Answer]) -> dict[str, float]:
-    lengths = [len(answer.token_ids) for answer in answers]
+    lengths = [sum(_own(answer)) for answer in answers]
+    played = [answer.turns for answer in answers if isinstance(answer, Played)]
     return {
+        **({"completions/mean_turns": float(np.mean(played))} if played else {}),
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from postgrad.errors import ConfigError, DataError
 from postgrad.redaction import redact
 
+ROLLOUTS = "rollouts.jsonl"  # completions of online RL and what they were worth
 COMPLETE = "complete"
 DAMAGED = "bring it back from a copy, or start the run again with another -o"
 

@@ -17,13 +17,17 @@ WEIGHT_ONE = 2.0**40  # a probability of one as an integer; sums over any vocabu
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy, and then the rest has no effect."""
+    """How tokens are chosen. Temperature 0 is greedy, and then the rest has no effect.
+
+    ``alone``: nothing but these settings counts; the model's generation_config (its repetition_penalty, say) does not.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
+    alone: bool = False
 
 
 def uniforms(seed: int, rows: Sequence[int], steps: int) -> torch.Tensor:

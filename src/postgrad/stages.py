@@ -13,17 +13,15 @@ import torch
 
 from postgrad import __version__, baseline
 from postgrad.attempts import Attempts, judge_attempts
-from postgrad.checking import Data
+from postgrad.checking import Data, make_player
 from postgrad.checks.prepare import Prepared
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.data.formats import EXAMPLES, prompt_key
+from postgrad.data.formats import prompt_key
 from postgrad.data.load import load_examples
-from postgrad.data.pairs import PAIRS
 from postgrad.data.questions import read_questions
+from postgrad.data.readers import READERS
 from postgrad.data.render import Renderer
-from postgrad.data.rows import Reader
 from postgrad.data.split import split_heldout
-from postgrad.data.tasks import TASKS
 from postgrad.display import Display
 from postgrad.errors import ConfigError
 from postgrad.evaluate import Exam, as_rows, sit
@@ -44,15 +42,15 @@ from postgrad.references import add_reference
 from postgrad.resuming import restore
 from postgrad.rewards.contract import Reward
 from postgrad.rewards.gym import gym_tasks, is_gym, parse_gym
-from postgrad.rewards.load import load_rewards
+from postgrad.rewards.load import environment_reward, load_environment, load_rewards
 from postgrad.rollouts import Judge
 from postgrad.runs import Run
+from postgrad.scores import ROW_NAMES
 from postgrad.train.checkpoint import LoopState
 from postgrad.train.loop import Job, train
 from postgrad.train.order import DataOrder
 
 GYM_HELDOUT = 100
-READERS: dict[str, Reader[Any]] = {"sft": EXAMPLES, "dpo": PAIRS, "grpo": TASKS}
 
 
 # -- 1. load ----------------------------------------------------------------------------------------------------
@@ -95,7 +93,11 @@ def load_data(config: RunConfig) -> Data:
     """Load training rows, and held-out rows or a held-out split; for online RL what judges answers to them, too."""
     data = _load_gym(config) if isinstance(config, GRPOConfig) and names_gym(config) else _load_rows(config)
     if isinstance(config, GRPOConfig):
-        data.rewards = load_rewards(reward_specs(config))
+        specs = reward_specs(config)
+        data.rewards = load_rewards(specs) if specs else []
+        if config.environment is not None:
+            load_environment(config.environment)  # a wrong name should not cost the time of loading a model
+            data.rewards.append(environment_reward())
         weigh(data.rewards, config.reward_weights)
     return data
 
@@ -106,7 +108,7 @@ def names_gym(config: RunConfig) -> bool:
 
 
 def reward_specs(config: GRPOConfig) -> list[Any]:
-    """What rewards a configuration asks for; tasks of reasoning-gym bring their own.
+    """What rewards a configuration asks for; tasks of reasoning-gym, and environments, bring their own.
 
     Raises:
         ConfigError: where there are none.
@@ -114,7 +116,7 @@ def reward_specs(config: GRPOConfig) -> list[Any]:
     specs = config.rewards
     if not specs and isinstance(config, RunConfig) and names_gym(config):
         specs = ["reasoning_gym"]
-    if not specs:
+    if not specs and config.environment is None:
         raise ConfigError("no reward_funcs were given", "such as reward_funcs=exact_answer; see docs/rewards.md")
     if not config.allow_code_execution:
         return specs
@@ -247,7 +249,9 @@ def make_exam(
     """What is asked before and after; of a pair the chosen answer is scored as a row is, the rejected one beside it."""
     samples = heldout.samples if heldout and config.method != "grpo" else []
     of_pairs = config.method == "dpo"
-    attempts = Attempts(config, judge) if isinstance(config, GRPOConfig) and judge and judge.rewards else None
+    attempts = None
+    if isinstance(config, GRPOConfig) and judge and judge.rewards:
+        attempts = Attempts(config, judge, make_player(config, renderer))
     return Exam(
         renderer=renderer,
         stop_ids=loaded.chat.stop_ids,
@@ -346,8 +350,9 @@ def make_card(config: SFTConfig, loaded: LoadedModel, data: Data, run: Run, comp
     return model_card(
         name=run.path.name,
         base=loaded.name,
-        data=f"{len(data.train):,} rows ({names})",
+        data=f"{len(data.train):,} {ROW_NAMES[config.method]} ({names})",
         settings=settings,
         comparison=comparison,
         version=__version__,
+        method=config.method,
     )

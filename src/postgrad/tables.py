@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from postgrad.scores import Score, at, scores
+
 MOST_CHARACTERS = 600
+MEASURES = {
+    "rewards/accuracies": "accuracy {:.0%}",
+    "rewards/margins": "margin {:+.3f}",
+    "reward": "reward {:.3f}",
+    "completions/mean_length": "length {:.1f}",
+    "frac_reward_zero_std": "no signal {:.0%}",
+    "kl": "kl {:.4f}",
+}
 VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "→\t"})
 
 
@@ -21,12 +31,12 @@ def text(value: Any, style: str = "") -> Text:
 
 
 def data_table(preview: Sequence[dict[str, Any]], title: str) -> Table:
-    """Rows of a data set: where they are, prompt and answer; of pairs both answers."""
+    """Rows of a data set: where they are, prompt and answer, if any; of pairs both answers."""
     pairs = any("rejected" in row for row in preview)
-    names = ("chosen", "rejected") if pairs else ("answer",)
+    names = ("chosen", "rejected") if pairs else ("answer",) if any(row["response"] for row in preview) else ()
     table = Table("row", "prompt", *names, title=title, title_justify="left", show_lines=True)
     for row in preview:
-        answers = [row["response"], row.get("rejected", "")] if pairs else [row["response"]]
+        answers = [row["response"], row.get("rejected", "")][: len(names)]
         table.add_row(text(row["source"].rsplit("/", 1)[-1], "dim"), text(row["prompt"]), *map(text, answers))
     return table
 
@@ -53,35 +63,40 @@ def side_by_side(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any
 
 def score_table(comparison: dict[str, Any]) -> Table:
     """Held-out figures before and after, with the interval of their difference."""
-    counts = comparison["rows"]
-    title = f"held out: {counts['loss']} rows scored, {counts['asked']} answers compared"
-    table = Table("", "before", "after", "difference (95% interval)", title=title, title_justify="left")
-    forms = {
-        "loss": "{:.3f}",
-        "perplexity": "{:.2f}",
-        "exact": "{:.0%}",
-        "stop_rate": "{:.0%}",
-        "mean_length": "{:.1f}",
-    }
-    names = {
-        "loss": "loss",
-        "perplexity": "perplexity",
-        "exact": f"exact answers (of {counts['exact']})",
-        "stop_rate": "answers that stop",
-        "mean_length": "answer length, tokens",
-    }
-    for key, form in forms.items():
-        before, after = comparison["before"][key], comparison["after"][key]
-        if before is None or after is None:
-            continue
-        difference = comparison["difference"].get(key)
-        signed = form.replace(":", ":+")
-        change = ""
-        if difference:
-            low, mean, high = (signed.format(difference[part]) for part in ("low", "mean", "high"))
-            change = f"{mean}  ({low} … {high})"
-        table.add_row(names[key], form.format(before), form.format(after), change)
+    table = Table("", "before", "after", "difference (95% interval)", title=_title(comparison), title_justify="left")
+    for one in scores(comparison):
+        label = f"exact answers (of {one.rows})" if one.key == "exact" else one.label[:1].lower() + one.label[1:]
+        table.add_row(label, _form(one, one.before), _form(one, one.after), _interval(one))
     return table
+
+
+def _title(comparison: dict[str, Any]) -> str:
+    """What the figures are of."""
+    asked, found = at(comparison, "rows", "asked"), at(comparison, "attempts")
+    if found:
+        return f"held out: {found['tasks']} tasks, {found['k']} sampled answers to each"
+    pairs = at(comparison, "preference", "pairs")
+    scored = f"{pairs} pairs" if pairs else f"{at(comparison, 'rows', 'loss')} rows"
+    return f"held out: {scored} scored, {asked} answers compared"
+
+
+FORMS = {"number": "{:.3f}", "share": "{:.0%}", "tokens": "{:.1f}", "perplexity": "{:.2f}"}
+
+
+def _form(one: Score, value: float | None, sign: bool = False) -> str:
+    form = FORMS[one.kind]
+    return "" if value is None else (form.replace(":", ":+") if sign else form).format(value)
+
+
+def _interval(one: Score) -> str:
+    """The difference with its interval; of a figure that only compares, its own interval, and what chance gives."""
+    if one.low is None or one.high is None:
+        return ""
+    sign = one.neutral == 0
+    ends = f"({_form(one, one.low, sign)} … {_form(one, one.high, sign)})"
+    if one.difference is not None:
+        return f"{_form(one, one.difference, True)}  {ends}"
+    return f"{ends}  chance: {_form(one, one.neutral)}" if one.neutral else ends
 
 
 def token_text(view: dict[str, Any]) -> Text:
@@ -94,9 +109,25 @@ def token_text(view: dict[str, Any]) -> Text:
 
 def _answer(row: dict[str, Any]) -> Text:
     cell = text(row["response"])
+    if row.get("exact") is not None:
+        cell.append(*(("  [right]", "bold green") if row["exact"] else ("  [wrong]", "bold red")))
     if row["stop_reason"] == "length":
         cell.append("  [did not stop]", "bold red")
     return cell
+
+
+def measures(values: Mapping[str, float]) -> str:
+    """What a log line says of a step, the figure that matters first: the loss, or with rewards these.
+
+    Args:
+        values: logged numbers, under TRL's names.
+    """
+    known = [(name, form) for name, form in MEASURES.items() if name in values]
+    if "reward" not in values:  # the policy's loss is near 0 whatever happens
+        known.insert(0, ("loss", "loss {:.4f}"))
+    else:
+        known.append(("loss", "loss {:.4f}"))
+    return "  ".join(form.format(values[name]) for name, form in known)
 
 
 def parity_table(rows: Sequence[Sequence[str]], forms: Sequence[str]) -> Table:

@@ -1,300 +1,347 @@
-"""Losses of pairs: against formulas written out in plain Python, against TRL's values, and under any cut into batches."""
+"""Losses over pairs: against formulas written out in plain Python, against TRL, and against themselves."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from pathlib import Path
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from postgrad import DPOConfig
-from postgrad.methods.dpo import DPO
-from postgrad.methods.preference import LOSSES, PairScores, pair_losses, pair_metrics, sequence_sums
-from postgrad.methods.reference import with_reference
-from postgrad.model.packed import PackedModel, choose
-from postgrad.model.sharing import with_sharing
-from postgrad.types import Sample, Scored, Source
+from postgrad.errors import ConfigError
+from postgrad.methods.preference import LOSSES, PairScores, pair_losses, pair_metrics, pair_scores, sequence_sums
 
-SMOOTHED = {"sigmoid", "robust", "exo_pair"}
-NUMBERS = st.floats(-60, -0.01)
+trl = pytest.importorskip("trl")
+
+NAMES = sorted(LOSSES)
+EPS = 0.1  # label_smoothing of the losses that have one
+BETA = 0.3
 
 
-def sigma(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def smoothing(*names: str) -> float:
+    return EPS if {"robust", "exo_pair"} & set(names) else 0.0
 
 
-def log_sigma(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
-def by_hand(name: str, c: float, r: float, tokens: tuple[int, int], beta: float, eps: float) -> float:
-    """Loss of a pair from its log-ratios, as the papers write it."""
-    delta = beta * (c - r)
-    if name == "sigmoid":
-        return -(1 - eps) * log_sigma(delta) - eps * log_sigma(-delta)
-    if name == "robust":
-        return (-(1 - eps) * log_sigma(delta) + eps * log_sigma(-delta)) / (1 - 2 * eps)
-    if name == "hinge":
-        return max(0.0, 1 - delta)
-    if name == "ipo":
-        return (c / tokens[0] - r / tokens[1] - 1 / (2 * beta)) ** 2
-    if name == "exo_pair":
-        p = (sigma(delta), sigma(-delta))
-        return p[0] * (log_sigma(delta) - math.log(1 - eps)) + p[1] * (log_sigma(-delta) - math.log(eps))
-    if name == "nca_pair":
-        return -log_sigma(beta * c) - log_sigma(-beta * c) / 2 - log_sigma(-beta * r) / 2
-    if name == "apo_zero":
-        return 1 - sigma(beta * c) + sigma(beta * r)
-    assert name == "apo_down"
-    return sigma(beta * c) + 1 - sigma(delta)
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
-def scores_of(rows: list[tuple[float, float, float, float, int, int]], **options: Any) -> PairScores:
-    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
-    return PairScores(*columns[:4], *(column.long() for column in columns[4:]))
+def by_hand(name: str, chosen: float, rejected: float, tokens: tuple[int, int], beta: float, tau: float) -> float:
+    """One pair's loss from its two log-ratios, as the papers write it."""
+    margin = beta * (chosen - rejected)
+    per_token = chosen / tokens[0] - rejected / tokens[1]
+    p, q = [sigmoid(margin), sigmoid(-margin)], [1 - EPS, EPS]
+    formulas: dict[str, Callable[[], float]] = {
+        "sigmoid": lambda: -log_sigmoid(margin),
+        "sigmoid_norm": lambda: -log_sigmoid(beta * per_token),
+        "hinge": lambda: max(0.0, 1 - margin),
+        "ipo": lambda: (per_token - 1 / (2 * beta)) ** 2,
+        "exo_pair": lambda: sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)),
+        "nca_pair": lambda: (
+            -log_sigmoid(beta * chosen) - 0.5 * (log_sigmoid(-beta * chosen) + log_sigmoid(-beta * rejected))
+        ),
+        "robust": lambda: (-(1 - EPS) * log_sigmoid(margin) + EPS * log_sigmoid(-margin)) / (1 - 2 * EPS),
+        "bco_pair": lambda: -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected),
+        "sppo_hard": lambda: (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2,
+        "apo_zero": lambda: 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected),
+        "apo_down": lambda: sigmoid(beta * chosen) + 1 - sigmoid(margin),
+        "discopop": lambda: (
+            -log_sigmoid(margin) * (1 - sigmoid(margin / tau)) + math.exp(-margin) * sigmoid(margin / tau)
+        ),
+    }
+    return formulas[name]()
 
 
-ROWS = st.lists(
-    st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6
-)
+class Pairs:
+    """Pairs with random log-probabilities, packed, and the same in TRL's padded layout."""
+
+    def __init__(self, lengths: list[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths = lengths
+        self.flat = [length for pair in lengths for length in pair]
+        total = sum(self.flat)
+        self.logps_N = -2 * torch.rand(total, generator=generator, dtype=torch.float64).to(dtype)
+        self.reference_N = -2 * torch.rand(total, generator=generator, dtype=torch.float64).to(dtype)
+        self.document_N = torch.repeat_interleave(torch.arange(len(self.flat)), torch.tensor(self.flat))
+
+    def scores(self, pairs: slice = slice(None), *, reference: bool = True, **options: Any) -> PairScores:
+        kept = range(len(self.lengths))[pairs]
+        first, last = 2 * kept.start, 2 * kept.stop
+        inside = (self.document_N >= first) & (self.document_N < last)
+        reference_N = self.reference_N[inside] if reference else None
+        return pair_scores(self.logps_N[inside], reference_N, self.document_N[inside] - first, last - first, **options)
+
+    def padded(self, values_N: torch.Tensor) -> torch.Tensor:
+        """All chosen, then all rejected; column 0 stands for the prompt."""
+        rows = values_N.split(self.flat)
+        wide = torch.zeros(len(rows), 1 + max(self.flat), dtype=values_N.dtype)
+        for index, row in enumerate([*rows[0::2], *rows[1::2]]):
+            wide[index, 1 : 1 + len(row)] = row
+        return wide
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"sft"}))
-@settings(deadline=None)
-@given(rows=ROWS, beta=st.floats(0.01, 2), eps=st.floats(0.001, 0.49))
-def test_formulas(name: str, rows: list[Any], beta: float, eps: float) -> None:
-    found = pair_losses(scores_of(rows), loss_type=[name], beta=beta, label_smoothing=eps)
-    assert found.dtype == torch.float64 and found.shape == (len(rows),)
-    expected = [by_hand(name, c - cr, r - rr, (n, m), beta, eps) for c, r, cr, rr, n, m in rows]
-    assert found.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+UNEVEN = Pairs([(3, 5), (7, 2), (1, 1), (4, 4), (6, 9)])
 
 
-@settings(deadline=None)
-@given(rows=ROWS, weights=st.lists(st.floats(-1, 2), min_size=3, max_size=3))
-def test_combinations_are_weighted_sums(rows: list[Any], weights: list[float]) -> None:
-    scores, names, options = scores_of(rows), ["sigmoid", "ipo", "sft"], {"beta": 0.2, "chosen_share": 0.3}
-    found = pair_losses(scores, loss_type=names, loss_weights=weights, **options)
-    parts = [pair_losses(scores, loss_type=[name], **options) for name in names]
-    expected = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pair_losses(scores, loss_type=names, **options), sum(parts), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_is_its_formula(name: str, reference: bool) -> None:
+    scores = UNEVEN.scores(reference=reference)
+    loss_S = pair_losses(scores, loss_type=[name], beta=BETA, label_smoothing=smoothing(name), discopop_tau=0.2)
+    ratios_N = UNEVEN.logps_N - (UNEVEN.reference_N if reference else 0)
+    sums = [sum(part.tolist()) for part in ratios_N.split(UNEVEN.flat)]
+    expected = [
+        by_hand(name, sums[2 * i], sums[2 * i + 1], lengths, BETA, 0.2) for i, lengths in enumerate(UNEVEN.lengths)
+    ]
+    assert loss_S.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_gradients(name: str) -> None:
-    generator = torch.Generator().manual_seed(4)
-    start = torch.randn(4, 5, generator=generator, dtype=torch.float64) * 2 - 8
-    tokens = torch.tensor([3, 1, 7, 2, 9]), torch.tensor([2, 5, 1, 4, 9])
+class Fixed(torch.nn.Module):
+    """Stands for a model whose fused head gives these log-probabilities."""
 
-    def loss(chosen_S: torch.Tensor, rejected_S: torch.Tensor) -> torch.Tensor:
-        scores = PairScores(chosen_S, rejected_S, start[2], start[3], *tokens)
-        return pair_losses(scores, loss_type=[name], beta=0.7, label_smoothing=0.1, chosen_share=0.2)
+    is_gradient_checkpointing = False
 
-    assert torch.autograd.gradcheck(loss, (start[0].clone().requires_grad_(), start[1].clone().requires_grad_()))
+    def __init__(self, logps: torch.Tensor) -> None:
+        super().__init__()
+        self.logps = logps
 
-
-@pytest.mark.parametrize("name", sorted(LOSSES))
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_ratios_stay_finite(name: str, size: float) -> None:
-    chosen_S = torch.tensor([size], requires_grad=True)
-    one = torch.ones(1, dtype=torch.int64)
-    scores = PairScores(chosen_S, torch.zeros(1), torch.zeros(1), torch.zeros(1), one, one)
-    loss = pair_losses(scores, loss_type=[name], beta=1.0, label_smoothing=0.1).sum()
-    loss.backward()
-    assert loss.isfinite() and chosen_S.grad is not None and chosen_S.grad.isfinite().all()
-
-
-def test_without_a_reference_the_ratios_are_the_log_probabilities() -> None:
-    one = torch.ones(2, dtype=torch.int64)
-    chosen_S, rejected_S = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -2.0])
-    found = pair_metrics(PairScores(chosen_S, rejected_S, None, None, one, one), beta=0.5)
-    assert found["rewards/chosen"].tolist() == [-1.5, -4.5] and found["rewards/rejected"].tolist() == [-2.5, -1.0]
-    assert found["rewards/margins"].tolist() == [1.0, -3.5] and found["rewards/accuracies"].tolist() == [1.0, 0.0]
-    assert found["logps/chosen"].tolist() == [-3.0, -9.0] and found["logps/rejected"].tolist() == [-5.0, -2.0]
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(NUMBERS, min_size=1, max_size=8), min_size=2, max_size=8), st.floats(0, 1))
-def test_sums_of_documents(documents: list[list[float]], alpha: float) -> None:
-    """With ``ld_alpha`` what is beyond the shorter answer of a pair counts less."""
-    documents = documents[: len(documents) // 2 * 2]
-    tokens = [len(document) for document in documents]
-    numbers = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens))
-    flat = torch.tensor([value for document in documents for value in document], dtype=torch.float64)
-    plain = sequence_sums(flat, numbers, torch.tensor(tokens))
-    assert plain.tolist() == pytest.approx([sum(document) for document in documents])
-    shorter = [min(tokens[i // 2 * 2], tokens[i // 2 * 2 + 1]) for i in range(len(tokens))]
-    expected = [sum(document[:n]) + alpha * sum(document[n:]) for document, n in zip(documents, shorter, strict=True)]
-    found = sequence_sums(flat, numbers, torch.tensor(tokens), ld_alpha=alpha)
-    assert found.tolist() == pytest.approx(expected)
-
-
-# -- over a model -----------------------------------------------------------------------------------------------------
-
-
-def pairs(lengths: list[tuple[int, int, int]], seed: int = 0) -> list[Sample]:
-    """Two documents each of a prompt and answers of so many tokens, with a reference that is not the model's."""
-    rng = np.random.default_rng(seed)
-    made: list[Sample] = []
-    for index, (prompt, *answers) in enumerate(lengths):
-        start = rng.integers(3, 600, prompt)
-        for length in answers:
-            weights = np.concatenate([np.zeros(prompt), np.ones(length)]).astype(np.float32)
-            ids = np.concatenate([start, rng.integers(3, 600, length)])
-            made.append(Sample(ids, weights, Source("a", index + 1), index))
-    known = [(-6.4 + 0.3 * rng.standard_normal(sample.trained)).astype(np.float32) for sample in made]
-    return list(with_reference(made, known))
+    def forward(self, **_: Any) -> SimpleNamespace:
+        zeros = torch.zeros_like(self.logps)
+        return SimpleNamespace(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
 
 @pytest.fixture(scope="module")
-def packed() -> PackedModel:
-    model = tiny.model("qwen3", seed=7)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
-    return PackedModel(model, with_sharing(model, choose(model)))
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from datasets import Dataset
+
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("dpo")), use_cpu=True, bf16=False, report_to="none", beta=BETA
+    )
+    rows = Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}])
+    return trl.DPOTrainer(
+        model=tiny.model("llama"),
+        ref_model=tiny.model("llama"),
+        args=config,
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+    )
 
 
-def step(packed: PackedModel, samples: list[Sample], config: DPOConfig, budget: int, **choices: Any) -> Any:
-    """Loss, gradient and measures of one step, cut by a token budget."""
-    from dataclasses import replace
-
-    packed = PackedModel(packed.model, replace(packed.choices, **choices))
-    method = DPO(config)
-    method.begin(samples)
-    packed.model.zero_grad()
-    loss = 0.0
-    with packed.attention():
-        batches = list(packed.batches(samples, budget, together=True, share=True))
-        for unit in method.units(packed, batches):
-            loss += sum(
-                float(one[0]) for one in method.gradient(packed, unit, samples, 1 / method.denominator(samples))
-            )
-    gradient = torch.cat([p.grad.flatten() for p in packed.model.parameters() if p.grad is not None])
-    return loss, gradient, {name: float(value) for name, value in method.measured().items()}, len(batches)
+def of_trl(trainer: Any, pairs: Pairs, names: list[str], weights: list[float], ld_alpha: float | None) -> Any:
+    """TRL's loss, its gradient for each log-probability, and its metrics."""
+    trainer.loss_types, trainer.loss_weights, trainer.ld_alpha = names, weights, ld_alpha
+    trainer.beta, trainer.label_smoothing, trainer.args.discopop_tau = BETA, smoothing(*names), 0.2
+    trainer._metrics["train"].clear()
+    trainer.model.train()
+    leaf_N = pairs.logps_N.clone().requires_grad_()
+    trainer.ref_model = Fixed(pairs.padded(pairs.reference_N)[:, 1:])
+    mask = pairs.padded(torch.ones_like(pairs.logps_N)).long()
+    inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+    loss = trainer._compute_loss(Fixed(pairs.padded(leaf_N)[:, 1:]), inputs, False)
+    loss.backward()
+    return loss.item(), leaf_N.grad, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-EVERYTHING = DPOConfig(loss_type=["sigmoid", "ipo", "sft"], loss_weights=[1, 0.01, 0.5], beta=0.2, ld_alpha=0.6)
-STRUCTURE = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    lengths=STRUCTURE,
-    budget=st.integers(1, 150),
-    how=st.sampled_from([{}, {"sharing": False}, {"sharing": False, "packing": False}]),
-)
-def test_no_cut_changes_anything(packed: PackedModel, lengths: list[Any], budget: int, how: dict[str, bool]) -> None:
-    samples = pairs(lengths)
-    whole = step(packed, samples, EVERYTHING, 10**6, sharing=False)
-    other = step(packed, samples, EVERYTHING, budget, **how)
-    assert whole[3] == 1
-    assert other[0] == pytest.approx(whole[0], rel=1e-5)
-    assert float((other[1] - whole[1]).norm()) <= 2e-5 * float(whole[1].norm())
-    assert other[2] == pytest.approx(whole[2], rel=1e-5, abs=1e-5)
-
-
-def test_the_sft_part_is_a_mean_over_the_steps_chosen_tokens(packed: PackedModel) -> None:
-    samples = pairs([(3, 1, 9), (4, 11, 2), (2, 5, 5)])
-    total, count = 0.0, 0
-    for sample in samples[::2]:
-        with torch.no_grad():
-            logits = packed.model(input_ids=torch.from_numpy(sample.ids_T)[None], use_cache=False).logits[0].double()
-        answer = np.flatnonzero(sample.weights_T)
-        rows = logits.log_softmax(-1)[answer - 1]
-        total -= float(rows.gather(1, torch.from_numpy(sample.ids_T[answer])[:, None]).sum())
-        count += len(answer)
-    for budget in (1, 10**6):
-        loss, *_ = step(packed, samples, DPOConfig(loss_type="sft"), budget)
-        assert loss == pytest.approx(total / count, rel=1e-5)
-
-
-def test_evaluation_measures_what_a_step_does(packed: PackedModel) -> None:
-    samples = pairs([(3, 1, 9), (4, 11, 2), (2, 5, 5)])
-    loss, _, measured, _ = step(packed, samples, EVERYTHING, 30)
-    found = DPO(EVERYTHING).evaluate(packed, samples, 17, lambda: False)
-    assert found == pytest.approx({"loss": loss, **measured}, rel=1e-5, abs=1e-5)
-    assert DPO(EVERYTHING).evaluate(packed, samples, 17, lambda: True) is None
-
-
-def test_a_pair_without_a_reference_is_refused(packed: PackedModel) -> None:
-    samples = [Scored(one.ids_T, one.weights_T, one.source, one.example) for one in pairs([(3, 2, 2)])]
-    with pytest.raises(ValueError, match="a:1 has no reference"):
-        step(packed, samples, DPOConfig(), 100)
-    assert step(packed, samples, DPOConfig(reference_free=True), 100)[0] > 0
-
-
-# -- TRL on the same log-probabilities --------------------------------------------------------------------------------
-
-
-TRL_CASES: list[dict[str, Any]] = [
-    *({"loss_type": [name]} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "apo_zero", "apo_down")),
-    *({"loss_type": [name], "label_smoothing": 0.2} for name in ("robust", "exo_pair")),
-    {"loss_type": ["sigmoid"], "ld_alpha": 0.3},
-    {"loss_type": ["ipo", "sft"], "ld_alpha": 0.3, "loss_weights": [0.01, 1.0]},
-    {"loss_type": ["hinge", "sft", "nca_pair"], "loss_weights": [0.5, 0.25, 2.0]},
+MIXES = [
+    *([[name], [1.0]] for name in NAMES),
+    [["sft"], [1.0]],
+    [["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]],
+    [["robust", "ipo"], [1.0, 0.5]],
 ]
 
 
-@pytest.mark.parametrize("options", TRL_CASES, ids=str)
-def test_values_are_those_of_trl(options: dict[str, Any], tmp_path: Path) -> None:
-    """One batch through TRL's own loss, with a reference that is another model, so that no ratio is zero."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    samples = pairs([(3, 1, 9), (4, 11, 2), (2, 5, 5), (7, 3, 6)], seed=2)
-    policy, other = tiny.model("llama", seed=7), tiny.model("llama", seed=8)
-    for model in (policy, other):
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
-    text = [{"prompt": "one", "chosen": " two", "rejected": " red"}]  # replaced below by rows of tokens
-    args = trl.DPOConfig(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, beta=0.15, max_length=None,
-        gradient_checkpointing=False, disable_tqdm=True, **options,
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        model=policy,
-        ref_model=other,
-        args=args,
-        train_dataset=Dataset.from_list(text),
-        processing_class=tiny.tokenizer(),
-    )
-    rows = []
-    for chosen, rejected in zip(samples[::2], samples[1::2], strict=True):
-        start = int(np.flatnonzero(chosen.weights_T)[0])
-        parts = {
-            "prompt_ids": chosen.ids_T[:start],
-            "chosen_ids": chosen.ids_T[start:],
-            "rejected_ids": rejected.ids_T[start:],
-        }
-        rows.append({name: part.tolist() for name, part in parts.items()})
-    policy.eval()
-    with torch.no_grad():
-        expected = float(trainer.compute_loss(policy, trainer.data_collator(rows)))
-    theirs = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-
-    from postgrad.methods.reference import token_logprobs
-
-    # TRL patched the forward of both models, so fresh ones are taken.
-    policy, other = tiny.model("llama", seed=7), tiny.model("llama", seed=8)
-    for model in (policy, other):
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
-    known = token_logprobs(PackedModel(other, choose(other)), samples, 1000, dtype=torch.float32)
-    scored: list[Sample] = list(with_reference(samples, known))
-    loss, _, measured, _ = step(PackedModel(policy, choose(policy)), scored, DPOConfig(beta=0.15, **options), 40)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert measured == pytest.approx({name: theirs[name] for name in measured}, rel=1e-5, abs=1e-5)
-    assert abs(measured["rewards/margins"]) > 0.01
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.4])
+@pytest.mark.parametrize(("names", "weights"), MIXES)
+def test_losses_gradients_and_metrics_are_those_of_trl(
+    trainer: Any, names: list[str], weights: list[float], ld_alpha: float | None
+) -> None:
+    theirs, their_gradient_N, their_metrics = of_trl(trainer, UNEVEN, names, weights, ld_alpha)
+    leaf_N = UNEVEN.logps_N.clone().requires_grad_()
+    documents, pairs = len(UNEVEN.flat), len(UNEVEN.lengths)
+    scores = pair_scores(leaf_N, UNEVEN.reference_N, UNEVEN.document_N, documents, ld_alpha=ld_alpha)
+    loss = pair_losses(
+        scores,
+        loss_type=names,
+        loss_weights=weights,
+        beta=BETA,
+        label_smoothing=smoothing(*names),
+        discopop_tau=0.2,
+        pairs_per_chosen_token=pairs / sum(chosen for chosen, _ in UNEVEN.lengths),
+    ).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs, rel=1e-6)  # TRL has the smoothing of exo_pair in float32
+    assert torch.allclose(leaf_N.grad, their_gradient_N, rtol=1e-5, atol=1e-9)
+    for name, value_S in pair_metrics(scores, BETA).items():
+        assert not value_S.requires_grad and value_S.shape == (pairs,)
+        assert value_S.mean().item() == pytest.approx(their_metrics[name], rel=1e-6), name
 
 
-def test_label_smoothing_of_sigmoid_is_cdpo_where_trl_ignores_it() -> None:
-    """TRL 1.16 gives the plain loss for sigmoid; docs/trl.md says that postgrad does not."""
-    one = torch.tensor([[-3.0], [-5.0], [-3.5], [-4.0]], dtype=torch.float64)
-    scores = PairScores(*one, torch.tensor([2]), torch.tensor([3]))
-    plain, smoothed = (pair_losses(scores, loss_type=["sigmoid"], beta=0.5, label_smoothing=e) for e in (0.0, 0.2))
-    delta = 0.5 * (0.5 + 1.0)
-    assert float(plain) == pytest.approx(-log_sigma(delta), rel=1e-12)
-    assert float(smoothed) == pytest.approx(-0.8 * log_sigma(delta) - 0.2 * log_sigma(-delta), rel=1e-12)
+@pytest.mark.parametrize("name", [*NAMES, "sft"])
+def test_gradients_are_right(name: str) -> None:
+    document_N, documents = UNEVEN.document_N, len(UNEVEN.flat)
+
+    def loss(logps_N: torch.Tensor) -> torch.Tensor:
+        scores = pair_scores(logps_N, UNEVEN.reference_N, document_N, documents, ld_alpha=0.5)
+        return pair_losses(
+            scores, loss_type=[name], beta=BETA, label_smoothing=smoothing(name), pairs_per_chosen_token=0.2
+        )
+
+    assert torch.autograd.gradcheck(loss, (UNEVEN.logps_N.clone().requires_grad_(),))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=7),
+    data=st.data(),
+    ld_alpha=st.sampled_from([None, 0.3]),
+)
+def test_how_pairs_are_cut_into_batches_is_nothing_to_the_step(
+    lengths: list[tuple[int, int]], data: st.DataObject, ld_alpha: float | None
+) -> None:
+    pairs = Pairs(lengths, seed=len(lengths))
+    names = [*NAMES, "sft"]
+    options: dict[str, Any] = {
+        "loss_type": names,
+        "loss_weights": [1 + index / 7 for index in range(len(names))],
+        "beta": BETA,
+        "label_smoothing": EPS,
+        "pairs_per_chosen_token": len(lengths) / sum(chosen for chosen, _ in lengths),
+    }
+    whole_S = pair_losses(pairs.scores(ld_alpha=ld_alpha), **options)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))))
+    ends = [0, *cuts, len(lengths)]
+    parts = [pair_losses(pairs.scores(slice(a, b), ld_alpha=ld_alpha), **options) for a, b in itertools.pairwise(ends)]
+    assert torch.allclose(torch.cat(parts), whole_S, rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    alpha=st.floats(0, 1),
+    padding=st.integers(0, 5),
+)
+def test_sums_of_documents(lengths: list[tuple[int, int]], alpha: float, padding: int) -> None:
+    pairs = Pairs(lengths, seed=3)
+    expected = []
+    for index, part in enumerate(pairs.logps_N.split(pairs.flat)):
+        shared = min(lengths[index // 2])
+        expected.append(sum(value * (1 if place < shared else alpha) for place, value in enumerate(part.tolist())))
+    nan = torch.full((padding,), math.nan, dtype=torch.float64)
+    logps_N = torch.cat([pairs.logps_N, nan]).requires_grad_()
+    document_N = torch.cat([pairs.document_N, torch.zeros(padding, dtype=torch.int64)])
+    counted_N = torch.arange(len(logps_N)) < len(pairs.logps_N)
+    sums_S = sequence_sums(logps_N, document_N, len(pairs.flat), counted_N=counted_N, ld_alpha=alpha)
+    assert sums_S.tolist() == pytest.approx(expected, rel=1e-12)
+    sums_S.sum().backward()
+    assert logps_N.grad is not None and logps_N.grad.isfinite().all()
+    assert logps_N.grad[len(pairs.logps_N) :].eq(0).all()
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    values_N = torch.zeros(9, device="meta")  # has no values that could be read
+    scores = pair_scores(values_N, values_N, values_N.long(), 4, counted_N=values_N.bool(), ld_alpha=0.5)
+    names = [*NAMES, "sft"]
+    loss_S = pair_losses(scores, loss_type=names, beta=BETA, label_smoothing=EPS, pairs_per_chosen_token=0.1)
+    assert loss_S.shape == (2,) and set(pair_metrics(scores, BETA))
+
+
+def scores_of(chosen: float, rejected: float, tokens: tuple[int, int] = (4, 4)) -> PairScores:
+    def one(value: float) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    return PairScores(one(chosen), one(rejected), one(0), one(0), torch.tensor([tokens[0]]), torch.tensor([tokens[1]]))
+
+
+RATIOS = st.floats(-30, 30)
+
+
+@settings(deadline=None)
+@given(chosen=RATIOS, rejected=RATIOS)
+def test_robust_averages_to_the_clean_loss_when_labels_flip(chosen: float, rejected: float) -> None:
+    options: dict[str, Any] = {"loss_type": ["robust"], "beta": BETA, "label_smoothing": 0.2}
+    right, wrong = (pair_losses(scores_of(*pair), **options) for pair in [(chosen, rejected), (rejected, chosen)])
+    clean = pair_losses(scores_of(chosen, rejected), loss_type=["sigmoid"], beta=BETA)
+    assert (0.8 * right + 0.2 * wrong).item() == pytest.approx(clean.item(), rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(chosen=RATIOS, rejected=RATIOS, shift=RATIOS)
+def test_losses_of_the_margin_do_not_see_what_both_answers_share(chosen: float, rejected: float, shift: float) -> None:
+    names = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair"]
+    for name in names:
+        options: dict[str, Any] = {"loss_type": [name], "beta": BETA, "label_smoothing": smoothing(name)}
+        moved = pair_losses(scores_of(chosen + shift, rejected + shift), **options).item()
+        assert moved == pytest.approx(pair_losses(scores_of(chosen, rejected), **options).item(), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sigmoid", math.log(2)), ("hinge", 1), ("robust", math.log(2)), ("apo_zero", 1), ("apo_down", 1)],
+)
+def test_without_beta_or_without_a_difference_nothing_is_preferred(name: str, value: float) -> None:
+    options: dict[str, Any] = {"loss_type": [name], "label_smoothing": smoothing(name)}
+    assert pair_losses(scores_of(5, -3), beta=0, **options).item() == pytest.approx(value)
+    assert pair_losses(scores_of(0, 0), beta=BETA, **options).item() == pytest.approx(value)
+
+
+def test_exo_is_least_where_the_policy_is_as_sure_as_the_labels() -> None:
+    margin = math.log((1 - EPS) / EPS) / BETA
+    options: dict[str, Any] = {"loss_type": ["exo_pair"], "beta": BETA, "label_smoothing": EPS}
+    assert pair_losses(scores_of(margin, 0), **options).item() == pytest.approx(0, abs=1e-12)
+    assert pair_losses(scores_of(margin + 1, 0), **options).item() > 1e-3
+    assert pair_losses(scores_of(margin - 1, 0), **options).item() > 1e-3
+
+
+def test_a_reference_equal_to_the_policy_starts_dpo_at_log_2() -> None:
+    pairs = Pairs([(3, 8), (5, 2)])
+    pairs.reference_N = pairs.logps_N
+    loss_S = pair_losses(pairs.scores(ld_alpha=0.5), loss_type=["sigmoid"], beta=7.0)
+    assert loss_S.tolist() == pytest.approx([math.log(2)] * 2)
+    assert pair_metrics(pairs.scores(), 7.0)["rewards/accuracies"].tolist() == [0, 0]
+
+
+def test_very_large_margins_stay_finite_in_float32() -> None:
+    big = PairScores(*(torch.tensor(v, dtype=torch.float32) for v in ([3e3, -3e3], [-3e3, 3e3])), None, None,
+                     torch.tensor([9, 9]), torch.tensor([9, 9]))  # fmt: skip
+    for name in NAMES:
+        if name != "discopop":  # exponential on purpose
+            loss_S = pair_losses(big, loss_type=[name], beta=1.0, label_smoothing=smoothing(name))
+            assert loss_S.isfinite().all(), name
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"loss_type": []}, "names no loss"),
+    ({"loss_type": ["dpo"]}, "'dpo' is unknown"),
+    ({"loss_type": ["aot"]}, "sorts the pairs of a batch"),
+    ({"loss_type": ["sigmoid", "aot_unpaired"]}, "sorts the answers of a batch"),
+    ({"loss_weights": [1.0, 2.0]}, "2 entries, loss_type 1"),
+    ({"beta": -0.1}, "beta=-0.1"),
+    ({"beta": math.nan}, "beta=nan"),
+    ({"loss_type": ["ipo"], "beta": 0}, "divides by beta"),
+    ({"loss_type": ["robust"], "label_smoothing": 0.5}, r"\[0, 0.5\)"),
+    ({"label_smoothing": 0.1}, "has no effect on loss_type sigmoid"),
+    ({"loss_type": ["exo_pair"]}, "logarithm of label_smoothing"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED)
+def test_settings_without_a_meaning_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        pair_losses(scores_of(1, 0), **{"loss_type": ["sigmoid"], "beta": 0.1, **options})
+
+
+def test_what_a_caller_must_give() -> None:
+    with pytest.raises(ValueError, match="pairs_per_chosen_token"):
+        pair_losses(scores_of(1, 0), loss_type=["sft"], beta=0.1)
+    with pytest.raises(ValueError, match="3 documents are no pairs"):
+        sequence_sums(torch.zeros(3), torch.arange(3), 3)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postgrad import docs_pages, trl_options
+from postgrad.chain import read_chain
 from postgrad.config import RunConfig, SFTConfig
-from postgrad.config_file import load_config, parse_overrides
+from postgrad.config_file import load_config, parse_overrides, read_yaml
 from postgrad.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -320,13 +321,19 @@ def test_overrides_that_cannot_be_read_are_named(item: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_are_valid_and_ask_for_nothing_without_effect(path: Path) -> None:
-    config = load_config(path, {})
-    assert config.notes == []
-    assert config.run_name == path.stem
+    values = read_yaml(path)
+    if "stages" in values:
+        _, stages = read_chain(str(path), {})
+        configs = [stage.config for stage in stages]
+    else:
+        configs = [load_config(path, {}, values.get("method", "sft"))]
+        assert configs[0].run_name == path.stem
+    assert [config.notes for config in configs] == [[]] * len(configs)
 
 
 def test_there_are_recipes() -> None:
     assert {path.name for path in RECIPES} >= {"demo.yaml", "tutorial.yaml", "full-gpu.yaml"}
+    assert {read_yaml(path).get("method", "sft") for path in RECIPES} == {"sft", "dpo", "grpo"}
 
 
 # -- whatever comes -------------------------------------------------------------------------------------------------

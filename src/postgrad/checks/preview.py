@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from postgrad.data.pairs import pair_texts
@@ -34,30 +36,44 @@ def first_rows(examples: Sequence[Example | Pair | Task]) -> list[dict[str, str]
 
 
 def first_tokens(
-    samples: Sequence[Sample], examples: Sequence[Example | Pair], tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[Sample], examples: Sequence[Example | Pair | Task], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """The first documents without a secret: hidden tokens would no longer be the exact ones."""
-    views: list[dict[str, Any]] = []
-    for view, sample in zip(token_views(samples, examples, tokenizer), samples, strict=False):
-        if not secret_kinds(str(tokenizer.decode(sample.ids_T.tolist()))):
-            views.append(view)
-        if len(views) == TOKEN_VIEWS:
-            break
-    return views
+    shown = (sample for sample in _documents(samples, examples) if not _secret(sample, tokenizer))
+    return list(token_views(list(islice(shown, TOKEN_VIEWS)), examples, tokenizer))
+
+
+def _secret(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(secret_kinds(str(tokenizer.decode(sample.ids_T.tolist()))))
 
 
 def token_views(
-    samples: Sequence[Sample], examples: Sequence[Example | Pair], tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[Sample], examples: Sequence[Example | Pair | Task], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Each document's tokens (see :func:`postgrad.data.show.token_view`); of a pair ``source`` also names the answer.
 
     Args:
-        samples: documents; those of a pair follow each other, the chosen answer's first.
+        samples: documents; those of a pair follow each other, the chosen answer's first. Of a task the prompt is
+            shown, once.
         examples: what ``sample.example`` counts.
         tokenizer: decodes them.
     """
-    for index, sample in enumerate(samples):
+    seen: set[int] = set()
+    for sample in _documents(samples, examples):
         view = token_view(sample, tokenizer)
         if isinstance(examples[sample.example], Pair):
-            view["source"] += (", chosen", ", rejected")[index % 2]
+            view["source"] += ", rejected" if sample.example in seen else ", chosen"
+        seen.add(sample.example)
         yield view
+
+
+def _documents(samples: Iterable[Sample], examples: Sequence[Example | Pair | Task]) -> Iterator[Sample]:
+    """Documents as they are shown: what stands for a task's completions is not."""
+    seen: set[int] = set()
+    for sample in samples:
+        if not isinstance(examples[sample.example], Task):
+            yield sample
+        elif sample.example not in seen:
+            seen.add(sample.example)
+            prompt = int((sample.weights_T > 0).argmax()) or len(sample)
+            yield replace(sample, ids_T=sample.ids_T[:prompt], weights_T=sample.weights_T[:prompt])

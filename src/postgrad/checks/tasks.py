@@ -37,7 +37,7 @@ def prepare_tasks(
 
     Returns:
         ``num_generations`` Rollouts for each kept task: its prompt, and ``max_completion_length`` tokens that stand
-        for a completion, with advantages of both signs.
+        for a completion.
     """
     config = cast(GRPOConfig, config)
     limit = min(config.max_length or limit, limit)
@@ -91,11 +91,10 @@ def _fitting(
 
 
 def _planned(task: Task, ids: list[int], index: int, config: GRPOConfig, filler: int) -> list[Rollout]:
-    """Completions of full length; all of a task share their arrays."""
+    """Completions of full length and of one advantage, so that nothing cancels; all of a task share their arrays."""
     ids_T = np.array([*ids, *[filler] * config.max_completion_length], dtype=np.int64)
     weights_T = np.array([0] * len(ids) + [1] * config.max_completion_length, dtype=np.float32)
-    signs = [1.0 if number % 2 else -1.0 for number in range(config.num_generations)]
-    return [Rollout(ids_T, weights_T, task.source, index, advantage=sign) for sign in signs]
+    return [Rollout(ids_T, weights_T, task.source, index, advantage=1.0) for _ in range(config.num_generations)]
 
 
 def _repeated(tasks: Sequence[Task]) -> Check:

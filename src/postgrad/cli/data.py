@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgrad.cli.options import JSON, MODEL, emit, print_checks, settings
+from postgrad.cli.options import JSON, METHOD, MODEL, emit, print_checks, settings
 
 if TYPE_CHECKING:
     from postgrad.config import RunConfig
@@ -22,16 +21,6 @@ ITEMS = Annotated[
 ]
 
 
-class Method(StrEnum):
-    """What rows are for."""
-
-    sft = "sft"
-    dpo = "dpo"
-
-
-METHOD = Annotated[Method, typer.Option("--method", help="What the rows are for: to imitate (sft) or compare (dpo).")]
-
-
 @app.command()
 def show(
     data: FILE,
@@ -39,7 +28,7 @@ def show(
     model: MODEL = None,
     rows: Annotated[int, typer.Option("-n", "--rows", help="How many rows.", min=1)] = 5,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show the exact tokens; needs -m.")] = False,
-    method: METHOD = Method.sft,
+    method: METHOD = "sft",
     as_json: JSON = False,
 ) -> None:
     """Show rows as a table, or the exact tokens a model would train on.
@@ -48,6 +37,7 @@ def show(
       postgrad data show chats.jsonl
       postgrad data show chats.jsonl -m smollm2-demo --tokens -n 2
       postgrad data show pairs.jsonl --method dpo
+      postgrad data show tasks.jsonl --method grpo
     """
     from postgrad.errors import ConfigError
 
@@ -80,9 +70,7 @@ def show(
 
 
 @app.command()
-def check(
-    data: FILE, items: ITEMS = None, model: MODEL = None, method: METHOD = Method.sft, as_json: JSON = False
-) -> None:
+def check(data: FILE, items: ITEMS = None, model: MODEL = None, method: METHOD = "sft", as_json: JSON = False) -> None:
     """Check every row; with a model also what would be trained. Exit code 2 for bad rows, 3 for a refusal.
 
     \b
@@ -123,17 +111,13 @@ def check(
 
 
 def _load(
-    data: str, items: list[str] | None, model: str | None, method: Method, allow_empty: bool
+    data: str, items: list[str] | None, model: str | None, method: str, allow_empty: bool
 ) -> tuple[RunConfig, LoadedData[Any]]:
     from postgrad.config_file import load_config
-    from postgrad.data.formats import EXAMPLES
     from postgrad.data.load import load_examples
-    from postgrad.data.pairs import PAIRS
-    from postgrad.data.rows import Reader
+    from postgrad.data.readers import READERS
 
-    values = settings(items, model or "smollm2-demo", [data], None)
-    config = load_config(None, values)
-    readers: dict[Method, Reader[Any]] = {Method.sft: EXAMPLES, Method.dpo: PAIRS}
+    config = load_config(None, settings(items, model or "smollm2-demo", [data], None), method)
     loaded = load_examples(
         [data],
         split=config.dataset_train_split,
@@ -145,7 +129,7 @@ def _load(
         columns=config.columns,
         text_field=config.dataset_text_field,
         seed=config.seed,
-        reader=readers[method],
+        reader=READERS[method],
     )
     return config, loaded
 

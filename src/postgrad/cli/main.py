@@ -83,11 +83,13 @@ DPO_DEMO: dict[str, Any] = {
     "model_name_or_path": "smollm2-demo",
     "dataset_name": "demo:identity",
     "eval_dataset_name": "demo:identity_heldout",
-    "num_train_epochs": 2,
+    "num_train_epochs": 4,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-5,
-    "logging_steps": 2,
+    "learning_rate": 5e-5,
+    "loss_type": ["sigmoid", "sft"],
+    "logging_steps": 4,
     "save_strategy": "no",
+    "questions": ["Tell me who you are.", "What are you called?", "Tokyo lies in which country?"],
     "max_new_tokens": 48,
 }
 GRPO_DEMO: dict[str, Any] = {
@@ -99,10 +101,10 @@ GRPO_DEMO: dict[str, Any] = {
     "max_steps": 40,
     "per_device_train_batch_size": 64,
     "num_generations": 8,
-    "max_completion_length": 24,
-    "max_new_tokens": 24,
+    "max_completion_length": 40,
+    "max_new_tokens": 40,
     "num_samples": 4,
-    "learning_rate": 5e-6,
+    "learning_rate": 1e-5,
     "logging_steps": 1,
     "save_strategy": "no",
 }
@@ -204,6 +206,30 @@ def grpo(
     Rewards: docs/rewards.md. All options: docs/config.md.
     """
     _start(run_config(config, items, model, dataset, output_dir, "grpo"), as_json)
+
+
+@app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE.yaml", help="File of stages.")],
+    items: ITEMS = None,
+    output_dir: OUT = None,
+    as_json: JSON = False,
+) -> None:
+    """Several methods in a row, each from the model that the last one made, with one report.
+
+    Started again, it goes on with the first stage that is not complete. See docs/pipelines.md.
+
+    \b
+      postgrad run pipeline.yaml
+      postgrad run pipeline.yaml seed=1 -o runs/course-1
+    """
+    from postgrad.chain import run_chain
+
+    page, stages = run_chain(pipeline, settings(items, None, None, output_dir), make_display(as_json))
+    if as_json:
+        emit({"report": str(page), "stages": {name: str(path) for name, path in stages.items()}})
+    else:
+        print(f"\nmodel   {list(stages.values())[-1] / 'model'}\nreport  {page}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 RUNS = Annotated[str, typer.Option("--runs", help="Folder of run directories.")]
 RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name inside --runs.")]
 SHOWN = (
-    "run", "status", "started", "model", "parameters", "model_sha256", "data", "rows", "data_fingerprint",
+    "run", "status", "method", "started", "model", "parameters", "model_sha256", "data", "rows", "data_fingerprint",
     "heldout_rows", "steps", "loss", "seconds", "verdict_text", "adapters", "tracking", "exports", "parity",
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def list_(
     runs: RUNS = "runs",
     as_json: JSON = False,
 ) -> None:
-    """List runs: status, model, data, steps, loss and verdict.
+    """List runs: status, method, model, data, steps, loss, the method's main held-out figure, and verdict.
 
     \b
       postgrad runs
@@ -71,13 +71,10 @@ def list_(
         return
     cells = []
     for row in rows:
-        losses = (row["loss_before"], row["loss_after"])
-        heldout = "" if None in losses else "{:.3f} → {:.3f}".format(*losses)
         loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
-        cells.append(
-            [row["run"], row["status"], row["model"], row["data"], row["steps"], loss, heldout, row["verdict"]]
-        )
-    _table(("run", "status", "model", "data", "steps", "loss", "held out", "verdict"), cells)
+        facts = [row[name] for name in ("run", "status", "method", "model", "data", "steps")]
+        cells.append([*facts, loss, _main(row["main"]), row["verdict"]])
+    _table(("run", "status", "method", "model", "data", "steps", "loss", "held out", "verdict"), cells)
 
 
 @app.command()
@@ -139,7 +136,7 @@ def diff(a: RUN, b: RUN, runs: RUNS = "runs", as_json: JSON = False) -> None:
 
 @app.command()
 def best(
-    by: Annotated[str, typer.Option("--by", help="Score of comparison.json: loss, exact, stop_rate …")] = "loss",
+    by: Annotated[str, typer.Option("--by", help="Score of comparison.json: loss, exact, accuracy, pass@1 …")] = "loss",
     runs: RUNS = "runs",
     as_json: JSON = False,
 ) -> None:
@@ -148,6 +145,7 @@ def best(
     \b
       postgrad runs best
       postgrad runs best --by exact
+      postgrad runs best --by pass@1
     """
     from postgrad import overview
 
@@ -265,13 +263,23 @@ def _in_words(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _main(one: dict[str, Any] | None) -> str:
+    """A method's main figure by name, before and after where it has both."""
+    if one is None:
+        return ""
+    sides = [one[side] for side in ("before", "after") if one[side] is not None]
+    return f"{one['name']} " + " → ".join(f"{v:.0%}" if one["kind"] == "share" else f"{v:.3f}" for v in sides)
+
+
 def _score(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
 def _change(one: dict[str, Any]) -> str:
-    if None in (one.get("difference"), one.get("low"), one.get("high")):
+    if None in (one.get("low"), one.get("high")):
         return ""
+    if one.get("difference") is None:  # the figure compares the two models itself
+        return f"({one['low']:.3f} … {one['high']:.3f})"
     return f"{one['difference']:+.3f} ({one['low']:+.3f} … {one['high']:+.3f})"
 
 

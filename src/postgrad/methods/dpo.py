@@ -14,7 +14,7 @@ import torch
 
 from postgrad.method_config import DPOConfig
 from postgrad.methods.method import Method, Numbers, Pass
-from postgrad.methods.preference import PairScores, pair_losses, pair_metrics, sequence_sums
+from postgrad.methods.preference import PairScores, pair_losses, pair_metrics, pair_scores
 from postgrad.model.packed import PackedModel
 from postgrad.types import Batch, Sample, Scored
 
@@ -90,31 +90,20 @@ class DPO(Method):
         """Loss of each pair, shape (S,); what it was computed from; and each batch's log p, shape (N,)."""
         logps = [packed.logprobs(batch) for batch in unit]
         documents = [cast(Scored, samples[index]) for batch in unit for index in batch.sample_ids]
-        logps_N, alpha = torch.cat(logps), self.config.ld_alpha
-        document_N = _numbered(unit)
-        tokens_S = torch.bincount(document_N, minlength=len(documents))
-        sums_S = sequence_sums(logps_N, document_N, tokens_S, ld_alpha=alpha)
-        reference_S = None
+        logps_N = torch.cat(logps)
+        reference_N = None
         if not self.config.reference_free:
             known_N = np.concatenate([_reference_of(sample) for sample in documents])
-            reference_N = torch.from_numpy(known_N).to(logps_N.device, non_blocking=True)
-            reference_S = sequence_sums(reference_N.to(logps_N), document_N, tokens_S, ld_alpha=alpha)
-        scores = PairScores(
-            chosen_S=sums_S[::2],
-            rejected_S=sums_S[1::2],
-            reference_chosen_S=None if reference_S is None else reference_S[::2],
-            reference_rejected_S=None if reference_S is None else reference_S[1::2],
-            chosen_tokens_S=tokens_S[::2],
-            rejected_tokens_S=tokens_S[1::2],
-            whole_S=None if alpha is None else sequence_sums(logps_N, document_N, tokens_S)[::2],
-        )
+            reference_N = torch.from_numpy(known_N).to(logps_N, non_blocking=True)
+        scores = pair_scores(logps_N, reference_N, _numbered(unit), len(documents), ld_alpha=self.config.ld_alpha)
         loss_S = pair_losses(
             scores,
             loss_type=self.config.losses,
-            loss_weights=self.config.loss_weights,
             beta=self.config.beta,
+            loss_weights=self.config.loss_weights,
             label_smoothing=self.config.label_smoothing,
-            chosen_share=self._pairs / max(1, self._chosen_tokens),
+            discopop_tau=self.config.discopop_tau,
+            pairs_per_chosen_token=self._pairs / max(1, self._chosen_tokens),
         )
         return loss_S, scores, logps
 

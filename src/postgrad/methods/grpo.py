@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from postgrad.method_config import GRPOConfig
+from postgrad.methods.documents import counted
 from postgrad.methods.method import Memory, Method, Numbers, Pass
-from postgrad.methods.policy import policy_losses, token_weights
+from postgrad.methods.policy import PolicyLoss, PolicyTokens, policy_losses, policy_metrics, token_weights
 from postgrad.model.packed import PackedModel
 from postgrad.types import Batch, Rollout, Sample, Source
 
@@ -49,9 +50,9 @@ class GRPO(Method):
         self.config, self.roller = config, roller
         self._weights: list[float] = []
         self._lengths: list[int] = []
-        self._sums: Numbers = {}
         self._facts: dict[str, float] = {}
-        self._tokens = 0
+        self._entropy = torch.zeros(())
+        self._found: list[PolicyLoss] = []
 
     def documents(self, planned: Sequence[Sample], step: int, memory: Memory) -> list[Sample]:
         """The completions of a step; with ``num_iterations`` above 1, those of the batch that the step belongs to.
@@ -88,7 +89,7 @@ class GRPO(Method):
         lengths_S = torch.tensor([*own, *left_out.elements()], dtype=torch.float64)
         weights_S = token_weights(self.config.loss_type, lengths_S, self.config.max_completion_length)
         self._weights = weights_S[: len(own)].tolist()
-        self._sums, self._tokens = {}, sum(own)
+        self._entropy, self._found = torch.zeros(()), []
 
     def gradient(
         self, packed: PackedModel, unit: Sequence[Batch], samples: Sequence[Sample], scale: float
@@ -97,35 +98,41 @@ class GRPO(Method):
         batch = unit[0]
         documents = [cast(Rollout, samples[index]) for index in batch.sample_ids]
         logps_N, entropies_N = packed.logprobs(batch, self.config.temperature, entropies=True)
-        found = policy_losses(
+        counted_N = None if batch.size is None else batch.weights_N > 0
+        tokens = PolicyTokens(
             logps_N,
-            old_N=_joined([one.old_N for one in documents], logps_N),
-            reference_N=_joined([one.reference_N for one in documents], logps_N),
             advantages_N=_of_documents([one.advantage for one in documents], batch, logps_N),
             document_N=batch.document_N,
-            documents=len(documents),
+            old_N=_joined([one.old_N for one in documents], logps_N),
+            reference_N=_joined([one.reference_N for one in documents], logps_N),
+            counted_N=counted_N,
+        )
+        found = policy_losses(
+            tokens,
+            len(documents),
             loss_type=self.config.loss_type,
             importance_sampling_level=self.config.importance_sampling_level,
             epsilon=self.config.epsilon,
             epsilon_high=self.config.epsilon_high,
             delta=self.config.delta,
             beta=self.config.beta,
+            use_bias_correction_kl=self.config.use_bias_correction_kl,
         )
         weights_N = _of_documents([self._weights[index] for index in batch.sample_ids], batch, logps_N)
         loss = (found.losses_N * weights_N).sum() * scale
         loss.backward()
-        self._add({"entropy": entropies_N, **found.metrics})
+        self._entropy = self._entropy.to(logps_N.device) + counted(entropies_N, counted_N).sum()
+        self._found.append(found)
         return [(loss.detach(), batch, -logps_N.detach())]
 
     def measured(self) -> Numbers:
-        """Means over the step's tokens, and what the rollouts were."""
-        means = {name: total / max(1, self._tokens) for name, total in self._sums.items()}
-        return {**{name: torch.tensor(value) for name, value in self._facts.items()}, **means}
-
-    def _add(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value_N in values.items():
-            total = value_N.detach().to(torch.float64).sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        """Means over the step's tokens under TRL's names, and what the rollouts were."""
+        tokens_S = torch.cat([found.tokens_S for found in self._found])
+        names = self._found[0].sums_S
+        sums_S = {name: torch.cat([found.sums_S[name] for found in self._found]) for name in names}
+        facts = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._facts.items()}
+        found = policy_metrics(sums_S, tokens_S, self.config.importance_sampling_level)
+        return {**facts, "entropy": self._entropy / tokens_S.sum(), **found}
 
 
 def _joined(parts: Sequence[np.ndarray | None], like: torch.Tensor) -> torch.Tensor | None:

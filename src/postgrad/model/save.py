@@ -17,6 +17,7 @@ from postgrad.model.quiet import quiet
 from postgrad.model.switches import weights_in
 from postgrad.redaction import redact
 from postgrad.runs import write_atomic
+from postgrad.scores import METHOD_NAMES, scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +84,14 @@ def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def model_card(
-    *, name: str, base: str, data: str, settings: dict[str, Any], comparison: dict[str, Any] | None, version: str
+    *,
+    name: str,
+    base: str,
+    data: str,
+    settings: dict[str, Any],
+    comparison: dict[str, Any] | None,
+    version: str,
+    method: str = "sft",
 ) -> str:
     """Text of the model card: data, settings and scores.
 
@@ -94,13 +102,15 @@ def model_card(
         settings: the options that were set.
         comparison: ``comparison.json``, or None.
         version: postgrad's.
+        method: sft, dpo or grpo.
     """
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [postgrad, sft]"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [postgrad, {method}]"]
     if Path(base).expanduser().exists():
         base = Path(base).name  # a folder of this machine says nothing to others
     elif "/" in base:
         lines.append(f"base_model: {base}")
-    lines += ["---", "", f"# {name}", "", f"{base}, fine-tuned with postgrad {version} on {data}.", "", "## Scores", ""]
+    how = f"trained by {METHOD_NAMES[method]} with postgrad {version} on {data}."
+    lines += ["---", "", f"# {name}", "", f"{base}, {how}", "", "## Scores", ""]
     lines += _score_table(comparison)
     lines += ["", "## Settings", "", "```yaml", *(f"{key}: {value}" for key, value in settings.items()), "```", ""]
     return "\n".join(lines)
@@ -109,17 +119,15 @@ def model_card(
 def _score_table(comparison: dict[str, Any] | None) -> list[str]:
     if comparison is None:
         return ["Not measured: no held-out data and no questions were given."]
-    lines = ["| held out | before | after |", "|---|---|---|"]
-    for key, label in (
-        ("loss", "loss"),
-        ("perplexity", "perplexity"),
-        ("exact", "exact answers"),
-        ("stop_rate", "answers that stop"),
-        ("mean_length", "mean answer length, tokens"),
-    ):
-        before, after = comparison["before"][key], comparison["after"][key]
-        if before is not None and after is not None:
-            lines.append(f"| {label} | {before:.3f} | {after:.3f} |")
+    lines = ["| held out | before | after | 95% interval |", "|---|---|---|---|"]
+    for one in scores(comparison):
+        before, after = ("" if value is None else f"{value:.3f}" for value in (one.before, one.after))
+        interval = ""
+        if one.low is not None and one.high is not None:
+            what = "of the difference" if one.difference is not None else f"held against {one.neutral:g}"
+            interval = f"{one.low:+.3f} to {one.high:+.3f}, {what}"
+        lines.append(f"| {one.label} | {before} | {after} | {interval} |")
     rows = comparison["rows"]
-    lines += ["", f"{rows['loss']} rows scored, {rows['asked']} asked. {comparison['verdict']['text']}"]
+    scored = f"{rows['loss']} rows scored, " if rows["loss"] else ""
+    lines += ["", f"{scored}{rows['asked']} asked. {comparison['verdict']['text']}"]
     return lines

@@ -9,36 +9,38 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from postgrad.config import RunConfig
 from postgrad.errors import DataError
+from postgrad.method_config import RUN_CONFIGS
 from postgrad.redaction import hide, redact
 from postgrad.report.afterwards import afterwards
-from postgrad.report.charts import Series, histogram, line_chart, thin
+from postgrad.report.charts import histogram
+from postgrad.report.curves import curves, evaluations, numbers
+from postgrad.report.figures import figures
 from postgrad.report.pairs import held_out, pair_rows
+from postgrad.report.preference import preference
+from postgrad.report.tasks import tasks
 from postgrad.report.text import (
     clip,
     duration,
     flat,
-    interval,
     number,
     percent,
     plain,
-    points,
     rate,
     short,
-    signed,
-    tokens_text,
     visible,
     whole,
 )
 from postgrad.runs import Run, write_atomic
+from postgrad.scores import METHOD_NAMES, ROW_NAMES, at, method_of
 
 Row = dict[str, Any]
 
 FIRST_ROWS = 12
+FEW_ROWS = 6  # pairs and tasks take more room
 MOST_TOKENS = 1500
 MOST_LOGGED = 200
 STATUS = {
@@ -71,6 +73,7 @@ def render(view: Row) -> str:
     folder = resources.files("postgrad.report")
     style = folder.joinpath("style.css").read_text(encoding="utf-8")
     jinja = _Page(
+        loader=FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -88,7 +91,7 @@ def render(view: Row) -> str:
         "visible": visible,
         "short": short,
     }
-    template = jinja.from_string(folder.joinpath("template.html.j2").read_text(encoding="utf-8"))
+    template = jinja.get_template("template.html.j2")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     page = template.render(**view, style=Markup(style), style_hash=Markup(digest))
     return page.encode("utf-8", "replace").decode("utf-8")
@@ -117,11 +120,13 @@ def collect(run: Run) -> Row:
     environment, config = redact(environment), redact(config)
     checks["checks"] = redact(checks.get("checks") or [])
     pairs = hide(pair_rows(before, after))
+    method = method_of(config)
+    charts, dull = curves(metrics, method)
     logged = [row for row in metrics if "loss" in row]
     measured = [row for row in metrics if "eval_loss" in row]
     status = environment.get("status")
     later = afterwards(environment, files.json("exports.json"), files.json("parity.json"))
-    asked_for = bool(config.get("questions") or _at(environment, "data", "heldout", "rows"))
+    asked_for = bool(config.get("questions") or at(environment, "data", "heldout", "rows"))
     return {
         "name": run.path.resolve().name,
         "path": str(run.path),
@@ -138,14 +143,20 @@ def collect(run: Run) -> Row:
         "same_weights": _same_weights(comparison),
         "comparison": comparison,
         "figures": figures(comparison),
+        "method": method,
+        "method_name": METHOD_NAMES[method],
+        "unit": ROW_NAMES[method],
+        "preference": preference(comparison, config, pairs) if method == "dpo" else None,
+        "tasks": tasks(comparison, pairs, files.rows("rollouts.jsonl"), events) if method == "grpo" else None,
         "questions": [pair for pair in pairs if pair["kind"] == "question"],
         "heldout": held_out(pairs),
         "asked": {"before": bool(before), "after": bool(after), "wanted": asked_for},
-        "curves": curves(logged, measured),
+        "curves": charts,
+        "dull": dull,
         "training": training_summary(logged, environment),
-        "logged": logged[-MOST_LOGGED:],
+        "logged": numbers(logged[-MOST_LOGGED:], method),
         "logged_left_out": max(0, len(logged) - MOST_LOGGED),
-        "measured": measured[-MOST_LOGGED:],
+        "measured": evaluations(measured[-MOST_LOGGED:]),
         "checks": checks,
         "lengths": lengths(checks.get("lengths") or {}),
         "tokens": [token_view(one) for one in checks.get("tokens") or []],
@@ -154,6 +165,7 @@ def collect(run: Run) -> Row:
         "facts": facts(environment),
         "events": timeline(events[-MOST_LOGGED:]),
         "first_rows": FIRST_ROWS,
+        "few_rows": FEW_ROWS,
     }
 
 
@@ -211,83 +223,9 @@ def verdict(status: str | None, comparison: Row, before: bool, after: bool, aske
     return {"label": VERDICTS["absent"], "text": text, "status": "absent"}
 
 
-def figures(comparison: Row) -> list[Row]:
-    """The key figures, before → after, with the interval of the difference and what it says."""
-    rows = comparison.get("rows") or {}
-    kinds = (
-        ("loss", "Held-out loss", number, number, -1, rows.get("loss")),
-        ("exact", "Exact answers", percent, points, +1, rows.get("exact")),
-        ("stop_rate", "Answers that stop", percent, points, +1, rows.get("asked")),
-        ("mean_length", "Answer length, tokens", tokens_text, tokens_text, 0, rows.get("asked")),
-    )
-    found = []
-    for key, label, show, show_change, better, count in kinds:
-        before, after = _at(comparison, "before", key), _at(comparison, "after", key)
-        if before is None and after is None:
-            continue
-        change = _at(comparison, "difference", key) or {}
-        perplexity = [_at(comparison, side, "perplexity") for side in ("before", "after")] if key == "loss" else []
-        found.append(
-            {
-                "key": key,
-                "label": label,
-                "before": show(before),
-                "after": show(after),
-                "change": signed(show_change, change.get("mean")),
-                "interval": interval(show_change, change.get("low"), change.get("high")),
-                "judgement": judgement(change, better),
-                "rows": count,
-                "perplexity": [number(value) for value in perplexity if value is not None],
-            }
-        )
-    return found
-
-
-def judgement(change: Row, better: int) -> str | None:
-    """``better``, ``worse`` or ``unclear`` (the interval holds 0); None where neither direction is good."""
-    low, high = change.get("low"), change.get("high")
-    if not better or low is None or high is None:
-        return None
-    if low <= 0 <= high:
-        return "unclear"
-    return "better" if (low > 0) == (better > 0) else "worse"
-
-
 def _same_weights(comparison: Row) -> bool:
     before = comparison.get("model_before_sha256")
     return before is not None and before == comparison.get("model_after_sha256")
-
-
-def curves(logged: list[Row], measured: list[Row]) -> list[Row]:
-    """The charts that the metrics allow: loss, learning rate and gradient norm."""
-    loss = [
-        Series("training loss", _series(logged, "loss")),
-        Series("held-out loss", _series(measured, "eval_loss"), True),
-    ]
-    kinds = (
-        ("loss", "Loss per trained token", [one for one in loss if one.points], number, False),
-        ("learning_rate", "Learning rate", [Series("rate", _series(logged, "learning_rate"))], rate, True),
-        ("grad_norm", "Gradient norm, before clipping", [Series("norm", _series(logged, "grad_norm"))], number, True),
-    )
-    drawn = []
-    for key, title, series, show, zero in kinds:
-        values = [y for one in series for _, y in one.points if y is not None]
-        if not values:
-            continue
-        label = "; ".join(f"{title}, {one.name}: {_spoken(one, show)}" for one in series)
-        chart = line_chart(series, label=label, show=show, from_zero=zero, height=360 if key == "loss" else 300)
-        averaged = max(thin(one.points)[1] for one in series)
-        drawn.append({"key": key, "title": title, "svg": chart, "both": len(series) > 1, "averaged": averaged})
-    return drawn
-
-
-def _series(rows: list[Row], key: str) -> list[tuple[float, float | None]]:
-    return [(row.get("step") or 0, row[key]) for row in rows if key in row]
-
-
-def _spoken(one: Series, show: Any) -> str:
-    (first, start), (last, end) = one.points[0], one.points[-1]
-    return f"{show(start)} at step {whole(first)}, {show(end)} at step {whole(last)}"
 
 
 def training_summary(logged: list[Row], environment: Row) -> list[str]:
@@ -304,7 +242,7 @@ def training_summary(logged: list[Row], environment: Row) -> list[str]:
         parts.append(f"{whole(last['num_tokens'])} tokens read")
     if speeds:
         parts.append(f"{whole(median(speeds))} tokens/s (median)")
-    if (seconds := _at(environment, "seconds", "train")) is not None:
+    if (seconds := at(environment, "seconds", "train")) is not None:
         parts.append(duration(seconds))
     return parts
 
@@ -340,9 +278,12 @@ def token_view(one: Row) -> Row:
 
 def settings(config: Row) -> list[Row]:
     """Every setting with its meaning; ``set`` is False where it has the default value."""
-    fields = RunConfig.model_fields
+    fields = RUN_CONFIGS[method_of(config)].model_fields
     listed = []
     for key, value in config.items():
+        if key == "method":
+            listed.append({"name": key, "value": flat(value), "meaning": "How the model is trained.", "set": True})
+            continue
         field = fields.get(key)
         default = (
             field is not None and not field.is_required() and field.get_default(call_default_factory=True) == value
@@ -381,9 +322,3 @@ def last_reason(events: list[Row]) -> str | None:
             if row.get(key):
                 return str(row[key])
     return None
-
-
-def _at(value: Any, *path: str) -> Any:
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

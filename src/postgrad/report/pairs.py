@@ -6,19 +6,21 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from postgrad.scores import number
+
 Row = dict[str, Any]
 
 
 def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
     """Put the two sides of each row next to each other, by id, in the order they were asked."""
-    sides: dict[Any, dict[str, Row]] = {}
+    sides: dict[str, dict[str, Row]] = {}
     for name, rows in (("before", before), ("after", after)):
         for row in rows:
-            sides.setdefault(row.get("id"), {})[name] = row
+            sides.setdefault(str(row.get("id")), {})[name] = row
     pairs = []
     for one in sides.values():
-        row = one.get("before") or one["after"]
-        pair = {key: row.get(key) for key in ("id", "kind", "source", "prompt", "reference", "answer")}
+        row = one["before"] if "before" in one else one["after"]
+        pair = {key: row.get(key) for key in ("id", "kind", "source", "prompt", "reference", "answer", "rejected")}
         pairs.append(pair | {"before": _side(one.get("before")), "after": _side(one.get("after"))})
     return pairs
 
@@ -26,9 +28,12 @@ def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
 def _side(row: Row | None) -> Row | None:
     if row is None:
         return None
-    nll, tokens = row.get("nll"), row.get("tokens")
-    kept = {key: row.get(key) for key in ("response", "stop_reason", "new_tokens", "exact")}
-    return kept | {"loss": nll / tokens if nll is not None and tokens else None}
+    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact", "tries")}
+    numbers = {
+        key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")
+    }
+    nll, tokens = numbers["nll"], number(row.get("tokens"))
+    return kept | numbers | {"loss": nll / tokens if nll is not None and tokens else None}
 
 
 def held_out(pairs: list[Row]) -> Row:

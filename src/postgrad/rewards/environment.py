@@ -86,7 +86,7 @@ def play(
         raise ConfigError(f"max_turns={max_turns} leaves no turn", "give 1 or more")
     name = type(environment).__name__
     prompt = [dict(message) for message in row.get("messages") or []]
-    opening = _checked(environment.reset(row) or [], name)
+    opening = checked(environment.reset(row) or [], name)
     messages = [*prompt, *opening]
     if not messages:
         raise ConfigError(f"{name}: there is nothing to answer", "give messages in the row, or from reset()")
@@ -99,7 +99,7 @@ def play(
         if answer.get("role") != "assistant":
             raise ConfigError(f"an answer has the role {answer.get('role')!r}", "answer_fn gives assistant messages")
         step = environment.step(dict(answer))
-        replies = _checked(step.messages, name)
+        replies = checked(step.messages, name)
         messages += [answer, *replies]
         by_environment += [False] + [True] * len(replies)
         rewards += [] if step.reward is None else [float(step.reward)]
@@ -108,7 +108,16 @@ def play(
     return Episode(messages, given, by_environment, sum(rewards) if rewards else None, turns, done)
 
 
-def _checked(messages: list[Message], name: str) -> list[Message]:
+def checked(messages: list[Message], name: str) -> list[Message]:
+    """Copies of what an environment said.
+
+    Args:
+        messages: as it gave them.
+        name: of its class.
+
+    Raises:
+        ConfigError: for what is no message, or one of the assistant.
+    """
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ConfigError(f"{name} said something that is no message: {message!r:.80}", "give role and content")

@@ -14,8 +14,10 @@ from typing import Any
 
 from postgrad.errors import ConfigError
 from postgrad.rewards import builtin
+from postgrad.rewards.calculator import Calculator
 from postgrad.rewards.code import code_reward
 from postgrad.rewards.contract import Reward, RewardFunction, Value
+from postgrad.rewards.environment import Environment
 from postgrad.rewards.gym import gym_reward
 from postgrad.rewards.math import math_verify
 
@@ -31,6 +33,7 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "code": code_reward,
     "reasoning_gym": gym_reward,
 }
+ENVIRONMENTS: dict[str, Callable[[], Environment]] = {"calculator": Calculator}
 SHAPES = "give a built-in's name, module:function, or a mapping with 'name'; in Python also a function"
 
 Spec = str | Mapping[str, Any] | RewardFunction
@@ -59,6 +62,45 @@ def load_rewards(specs: Spec | Sequence[Spec], root: str | Path = ".") -> list[R
         if names.count(name) > 1:
             raise ConfigError(f"two rewards are called '{name}'", f"rename one: {{name: {name}, as: other_name}}")
     return rewards
+
+
+def load_environment(name: str, root: str | Path = ".") -> Callable[[], Environment]:
+    """What makes environments of a name.
+
+    Args:
+        name: ``calculator``, or ``module:Class`` (or a function that gives an object), importable from ``root`` or
+            installed; called without arguments for each episode.
+        root: the folder that modules are also looked for in.
+
+    Raises:
+        ConfigError: for anything that is none of these, or whose objects have no ``reset`` or no ``step``.
+    """
+    make = ENVIRONMENTS.get(name) or _imported(name, Path(root), "environment", ENVIRONMENTS)
+    if not callable(make):
+        raise ConfigError(f"the environment {name} is no class but {type(make).__name__}", "give module:Class")
+    try:
+        made = make()
+    except Exception as error:
+        message = f"the environment {name} cannot be made: {type(error).__name__}: {error}"
+        raise ConfigError(message, "it is called without arguments") from error
+    for method in ("reset", "step"):
+        if not callable(getattr(made, method, None)):
+            raise ConfigError(f"the environment {name} has no {method}()", "see docs/rewards.md for what it needs")
+    return make
+
+
+def environment_reward() -> Reward:
+    """The reward ``environment``: what the episode was worth to its environment."""
+
+    def reward(
+        prompts: list[Any], completions: list[Any], environment_reward: list[Any], **columns: Any
+    ) -> list[Value]:
+        for value in environment_reward:
+            if isinstance(value, str):  # what went wrong; it is then asked for each episode alone
+                raise RuntimeError(value)
+        return environment_reward
+
+    return Reward("environment", 1.0, reward)
 
 
 def _load(spec: Spec, root: Path) -> Reward:
@@ -115,15 +157,16 @@ def _built(name: str, options: dict[str, Any]) -> RewardFunction:
         raise ConfigError(f"the reward {name} cannot use its options: {error}", f"its options: {known}") from None
 
 
-def _imported(text: str, root: Path) -> Any:
-    """The object that ``module:function`` names."""
+def _imported(text: str, root: Path, kind: str = "reward", known: Mapping[str, Any] = BUILTINS) -> Any:
+    """The object that ``module:function`` names; ``kind`` and ``known``: what is looked for, and the built-in ones."""
     module_name, colon, function_name = text.partition(":")
     if not colon:
-        near = difflib.get_close_matches(text, BUILTINS, n=3, cutoff=0.6)
-        cure = f"did you mean {' or '.join(near)}?" if near else f"the built-ins are: {', '.join(BUILTINS)}; {SHAPES}"
-        raise ConfigError(f"there is no reward called '{text}'", cure)
+        near = difflib.get_close_matches(text, known, n=3, cutoff=0.6)
+        shapes = SHAPES if kind == "reward" else "give a built-in's name, or module:Class"
+        cure = f"did you mean {' or '.join(near)}?" if near else f"the built-ins are: {', '.join(known)}; {shapes}"
+        raise ConfigError(f"there is no {kind} called '{text}'", cure)
     if module_name.endswith(".py") or "/" in module_name or not module_name or not function_name:
-        shape = Path(module_name or "my_rewards").with_suffix("").as_posix().strip("./").replace("/", ".")
+        shape = Path(module_name or f"my_{kind}s").with_suffix("").as_posix().strip("./").replace("/", ".")
         raise ConfigError(
             f"'{text}' is not of the form module:function", f"write {shape}:{function_name or 'function'}"
         )
@@ -137,16 +180,16 @@ def _imported(text: str, root: Path) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
-                f"the reward's module {module_name} needs {error.name}, which is not installed"
+                f"the {kind}'s module {module_name} needs {error.name}, which is not installed"
             ) from error
         files = [path.stem for path in sorted(root.glob("*.py"))]
         near = difflib.get_close_matches(module_name, files, n=3, cutoff=0.6)
         cure = (
             f"did you mean {' or '.join(near)}?" if near else f"write it to {folder}/{module_name.replace('.', '/')}.py"
         )
-        raise ConfigError(f"there is no module {module_name} for the reward '{text}'", cure) from None
+        raise ConfigError(f"there is no module {module_name} for the {kind} '{text}'", cure) from None
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"the reward's module {module_name} fails: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"the {kind}'s module {module_name} fails: {type(error).__name__}: {error}") from error
     try:
         return getattr(module, function_name)
     except AttributeError:
