@@ -81,9 +81,10 @@ def test_a_pair_with_the_same_answer_twice(cli: Callable[..., Result], base: lis
 WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "loss twice": ({"loss_type": ["ipo", "ipo"]}, "names a loss twice", None),
     "no loss": ({"loss_type": []}, "loss_type is empty", None),
-    "unknown loss": ({"loss_type": "bco_pair"}, "loss_type.*'sigmoid'", None),
+    "unknown loss": ({"loss_type": "aot"}, "loss_type.*'sigmoid'", None),
     "number of weights": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "2 losses but 1 loss_weights", None),
     "smoothing without effect": ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect", None),
+    "smoothing of sigmoid": ({"label_smoothing": 0.1}, "label_smoothing has no effect", None),
     "smoothing of one half": ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing.*less than 0.5", None),
     "exo_pair without smoothing": ({"loss_type": "exo_pair"}, "exo_pair needs label_smoothing", None),
     "beta 0": ({"beta": 0}, "beta.*greater than 0", None),
@@ -116,7 +117,7 @@ def test_settings_that_cannot_be(name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"precompute_ref_log_probs": True}, {"padding_free": True}, {"discopop_tau": 0.1}, {"generate_during_eval": True},
+    [{"precompute_ref_log_probs": True}, {"padding_free": True}, {"ref_model_sync_steps": 9}, {"generate_during_eval": True},
      {"f_divergence_type": "reverse_kl"}, {"use_weighting": False}, {"sync_ref_model": False}, {"rpo_alpha": None}],
     ids=str,
 )  # fmt: skip
