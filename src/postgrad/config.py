@@ -161,7 +161,7 @@ class SFTConfig(BaseModel):
         values, notes = trl_options.translate(values, known, self.foreign)
         for name in values:
             if name not in known:
-                raise ConfigError(f"unknown option '{name}'", _suggest(name, known))
+                raise ConfigError(f"unknown option '{name}'", _suggest(name, type(self)))
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -352,11 +352,12 @@ def kinds(annotation: Any) -> set[Any]:
     return set().union(*(kinds(part) for part in get_args(annotation)))
 
 
-def _suggest(name: str, known: set[str]) -> str:
+def _suggest(name: str, config: type[SFTConfig]) -> str:
+    known, trainer = config.model_fields, config.trainer
     if name == "use_peft" or name.startswith("lora_") or name in ADAPTER_OPTIONS:
-        return "in Python give SFTTrainer(…, peft_config=peft.LoraConfig(…))"
+        return f"in Python give {trainer}(…, peft_config=peft.LoraConfig(…))"
     if trl_options.SYNONYMS.get(name, name) in RunConfig.model_fields:
-        return "it belongs to 'postgrad sft'; in Python give the model and the data to SFTTrainer"
+        return f"it belongs to 'postgrad {config.method}'; in Python give the model and the data to {trainer}"
     near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
     return f"did you mean {' or '.join(repr(word) for word in near)}?" if near else "see docs/config.md for all options"
 

@@ -177,10 +177,3 @@ class Display:
             f"step {step}/{self._total}  {tables.measures(row)}  grad_norm {row['grad_norm']:.3f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  {left} left"
         )
-
-
-def _beside(row: dict[str, Any]) -> str:
-    """What an evaluation tells beside its loss: of rows their tokens, of pairs how many are told apart."""
-    if "eval_tokens" in row:
-        return f"({row['eval_tokens']:,} tokens)"
-    return f"accuracy {row['eval_rewards/accuracies']:.0%}  margin {row['eval_rewards/margins']:+.4f}"

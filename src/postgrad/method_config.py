@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from postgrad import trl_method_options
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.trl_options import Option
 
@@ -23,6 +24,14 @@ def _refuse_sft_options(config: SFTConfig, what: str) -> None:
         raise ValueError(f"{', '.join(unused)} has no effect here: {what}")
 
 
+def _refuse_losses(value: Any, refused: dict[str, str]) -> Any:
+    """Say why a loss of TRL's is not here, where the type alone would list all that are."""
+    for name in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(name, str) and name in refused:
+            raise ValueError(f"{name} is not supported: {refused[name]}")
+    return list(value) if isinstance(value, tuple) else value
+
+
 class DPOConfig(SFTConfig):
     """Settings of direct preference optimisation (arXiv:2305.18290).
 
@@ -32,21 +41,8 @@ class DPOConfig(SFTConfig):
 
     method: ClassVar[str] = "dpo"
     trainer: ClassVar[str] = "DPOTrainer"
-    foreign: ClassVar[dict[str, Option]] = {
-        "precompute_ref_log_probs": Option("harmless", "the reference is always computed once, before training"),
-        "precompute_ref_batch_size": Option("harmless", "passes are cut by token_budget"),
-        "padding_free": Option("harmless", "there is no padding"),
-        "f_alpha_divergence_coef": Option("harmless", "it belongs to an f_divergence_type that is refused"),
-        "ref_model_mixup_alpha": Option("harmless", "it belongs to sync_ref_model"),
-        "ref_model_sync_steps": Option("harmless", "it belongs to sync_ref_model"),
-        "f_divergence_type": Option("refused", "the divergence is reverse_kl", ("reverse_kl", None)),
-        "use_weighting": Option("refused", "leave it out: pairs count alike (WPO is not supported)", (False, None)),
-        "sync_ref_model": Option("refused", "the reference is the starting model throughout", (False, None)),
-        "rpo_alpha": Option("refused", "use loss_type=[sigmoid, sft] with loss_weights", (None,)),
-        "max_prompt_length": Option("refused", "use max_length and excess_length_strategy", (None,)),
-        "max_completion_length": Option("refused", "use max_length and excess_length_strategy", (None,)),
-        "generate_during_eval": Option("harmless", "held-out prompts are answered before and after"),
-    }
+    foreign: ClassVar[dict[str, Option]] = trl_method_options.DPO
+    refused_losses: ClassVar[dict[str, str]] = trl_method_options.DPO_LOSSES
 
     run_name: str = Field("dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="NAME of the run directory.")
     learning_rate: float = Field(1e-6, ge=0, description="Peak learning rate.")
@@ -76,6 +72,11 @@ class DPOConfig(SFTConfig):
         """The parts of the loss."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _known_losses(cls, value: Any) -> Any:
+        return _refuse_losses(value, cls.refused_losses)
+
     @model_validator(mode="after")
     def _pairs_consistent(self) -> Self:
         _refuse_sft_options(self, "of a pair the answers are trained, and all of them")
@@ -96,6 +97,15 @@ class DPORunConfig(DPOConfig, RunConfig):
     """A :class:`DPOConfig` plus the model and the data: what ``postgrad dpo`` takes."""
 
 
+def _without_implied(values: dict[str, Any]) -> dict[str, Any]:
+    """Options without those in which a dump of TRL's writes out what follows from the batch size."""
+    size, steps = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
+    if not (isinstance(size, int) and isinstance(steps, int)):
+        return values
+    implied = {"steps_per_generation": steps, "generation_batch_size": size * steps}
+    return {name: None if implied.get(name) == value else value for name, value in values.items()}
+
+
 class GRPOConfig(SFTConfig):
     """Settings of online reinforcement learning with group-relative advantages (arXiv:2402.03300).
 
@@ -105,6 +115,8 @@ class GRPOConfig(SFTConfig):
 
     method: ClassVar[str] = "grpo"
     trainer: ClassVar[str] = "GRPOTrainer"
+    foreign: ClassVar[dict[str, Option]] = trl_method_options.GRPO
+    refused_losses: ClassVar[dict[str, str]] = trl_method_options.GRPO_LOSSES
 
     run_name: str = Field("grpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="NAME of the run directory.")
     per_device_train_batch_size: int = Field(
@@ -157,7 +169,7 @@ class GRPOConfig(SFTConfig):
     disable_dropout: bool = Field(True, description="Switch the model's dropout off.")
 
     def __init__(self, /, **values: Any) -> None:
-        super().__init__(**values)
+        super().__init__(**_without_implied(values))
 
     @property
     def examples_per_step(self) -> int:
@@ -185,6 +197,11 @@ class GRPOConfig(SFTConfig):
         if self.reward_funcs is None:
             return []
         return [self.reward_funcs] if isinstance(self.reward_funcs, str) else list(self.reward_funcs)
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _known_loss(cls, value: Any) -> Any:
+        return _refuse_losses(value, cls.refused_losses)
 
     @model_validator(mode="before")
     @classmethod

@@ -68,7 +68,7 @@ POSTGRAD_ONLY = frozenset(
 )
 
 # Honoured options whose TRL default is None, where postgrad has a default of its own.
-NONE_MEANS_DEFAULT = frozenset({"run_name", "dtype", "lora_target_modules"})
+NONE_MEANS_DEFAULT = frozenset({"run_name", "dtype", "lora_target_modules", "chat_template_kwargs"})
 
 INTERVALS = frozenset({"eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy"})
 
@@ -216,7 +216,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "deepspeed": (_ONE_PROCESS, (None, "")),
     "debug": ("leave it out: a loss that is not finite stops the run and names the examples", (None, "", [])),
     "model_init_kwargs": (
-        "use model_revision and dtype on the command line; in Python load the model and pass it to SFTTrainer",
+        "use model_revision and dtype on the command line; in Python load the model and pass it to the trainer",
         (None, {}),
     ),
     "dataset_kwargs": ("leave it out: rows with input_ids and labels are recognised and used as they are", (None, {})),
@@ -235,7 +235,7 @@ OPTIONS: dict[str, Option] = {
 # Options of the command line that TRL has in SFTConfig: Python's SFTConfig refuses them where they ask for anything.
 COMMAND_LINE_OPTIONS: dict[str, Option] = {
     "trust_remote_code": Option(
-        "refused", "in Python load the model yourself, at a pinned revision, and pass it to SFTTrainer", (False, None)
+        "refused", "in Python load the model yourself, at a pinned revision, and pass it to the trainer", (False, None)
     ),
 }
 

@@ -16,6 +16,7 @@ from postgrad.chain import read_chain
 from postgrad.config import RunConfig, SFTConfig
 from postgrad.config_file import load_config, parse_overrides, read_yaml
 from postgrad.errors import ConfigError
+from postgrad.method_config import DPOConfig, GRPOConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -202,7 +203,7 @@ def test_packing_is_accepted_and_its_other_meaning_is_told() -> None:
     [
         ("fp16", True, "bf16"),
         ("deepspeed", "zero3.json", "one process"),
-        ("trust_remote_code", True, "SFTTrainer"),
+        ("trust_remote_code", True, "the trainer"),
     ],
 )
 def test_refused_options_say_what_to_use(name: str, value: Any, instead: str) -> None:
@@ -384,10 +385,15 @@ def test_importing_config_imports_no_heavy_library() -> None:
 
 
 def test_config_page_describes_every_option() -> None:
-    page = docs_pages.config_page()
+    page, *methods = docs_pages.config_page().split("\n## DPO\n")
     for name, field in RunConfig.model_fields.items():
         assert field.description, name
         assert page.count(f"\n| `{name}` | ") == 1
+    for config, section in zip((DPOConfig, GRPOConfig), methods[0].split("\n## GRPO\n"), strict=True):
+        for name, field in config.model_fields.items():
+            assert field.description, name
+            own = name not in RunConfig.model_fields or field.default != RunConfig.model_fields[name].default
+            assert section.count(f"\n| `{name}` | ") == 1 or not own
 
 
 def test_stale_pages_are_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,9 @@ import torch.nn.functional as F
 
 from postgrad.errors import ConfigError
 from postgrad.methods.documents import document_positions, document_sums, document_tokens
+from postgrad.trl_method_options import DPO_LOSSES
 
 SMOOTHED = ("robust", "exo_pair")  # the losses that label_smoothing means something for
-NOT_PER_PAIR = {
-    "aot": "it sorts the pairs of a batch, so its value depends on how a step is cut into batches",
-    "aot_unpaired": "it sorts the answers of a batch, so its value depends on how a step is cut into batches",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +176,8 @@ def check_losses(loss_type: Sequence[str], weights: Sequence[float], beta: float
     if not loss_type:
         raise ConfigError("loss_type names no loss", f"use one of {known}")
     for name in loss_type:
-        if name in NOT_PER_PAIR:
-            raise ConfigError(f"loss_type '{name}' is not supported: {NOT_PER_PAIR[name]}", f"use one of {known}")
+        if name in DPO_LOSSES:
+            raise ConfigError(f"loss_type '{name}' is not supported: {DPO_LOSSES[name]}", f"use one of {known}")
         if name not in LOSSES and name != "sft":
             raise ConfigError(f"loss_type '{name}' is unknown", f"use one of {known}")
     if len(weights) != len(loss_type):
