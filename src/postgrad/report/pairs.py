@@ -28,8 +28,12 @@ def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
 def _side(row: Row | None) -> Row | None:
     if row is None:
         return None
-    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact", "tries")}
-    numbers = {key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")}
+    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact")}
+    tries = row.get("tries")
+    kept["tries"] = [str(text) for text in tries] if isinstance(tries, list) else []
+    numbers = {
+        key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")
+    }
     nll, tokens = numbers["nll"], number(row.get("tokens"))
     return kept | numbers | {"loss": nll / tokens if nll is not None and tokens else None}
 
