@@ -36,6 +36,7 @@ from postgrad.report.text import (
 )
 from postgrad.runs import Run, write_atomic
 from postgrad.scores import METHOD_NAMES, ROW_NAMES, at, method_of
+from postgrad.scores import number as real
 
 Row = dict[str, Any]
 
@@ -201,8 +202,8 @@ class _Files:
 
 def verdict(status: str | None, comparison: Row, before: bool, after: bool, asked_for: bool) -> Row:
     """The verdict of ``comparison.json``, or why there is none."""
-    given = comparison.get("verdict") or {}
-    if given.get("text"):
+    given = comparison.get("verdict")
+    if isinstance(given, dict) and given.get("text"):
         return {
             "label": VERDICTS.get(str(given.get("status")), "Verdict"),
             "text": given["text"],
@@ -233,13 +234,13 @@ def training_summary(logged: list[Row], environment: Row) -> list[str]:
     if not logged:
         return []
     last = logged[-1]
-    speeds = [row["tokens_per_second"] for row in logged if row.get("tokens_per_second")]
-    parts = [f"{whole(last.get('step'))} steps"]
-    if last.get("epoch") is not None:
-        epochs = f"{last['epoch']:.4g}"
+    speeds = [speed for row in logged if (speed := real(row.get("tokens_per_second")))]
+    parts = [f"{whole(real(last.get('step')))} steps"]
+    if (done := real(last.get("epoch"))) is not None:
+        epochs = f"{done:.4g}"
         parts.append(f"{epochs} epoch{'s' if epochs != '1' else ''}")
-    if last.get("num_tokens"):
-        parts.append(f"{whole(last['num_tokens'])} tokens read")
+    if tokens := real(last.get("num_tokens")):
+        parts.append(f"{whole(tokens)} tokens read")
     if speeds:
         parts.append(f"{whole(median(speeds))} tokens/s (median)")
     if (seconds := at(environment, "seconds", "train")) is not None:
@@ -306,11 +307,12 @@ def facts(environment: Row) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def timeline(events: list[Row]) -> list[tuple[str, str]]:
     """Events with the seconds since the first one."""
-    start = next((row["time"] for row in events if row.get("time")), 0)
+    times = [real(row.get("time")) for row in events]
+    start = next((time for time in times if time is not None), 0.0)
     listed = []
-    for row in events:
+    for row, time in zip(events, times, strict=True):
         details = flat({key: value for key, value in row.items() if key not in ("time", "event")})
-        after = f"{duration(row['time'] - start)}: " if row.get("time") else ""
+        after = "" if time is None else f"{duration(time - start)}: "
         listed.append((f"{after}{row.get('event')}", details))
     return listed
 

@@ -28,7 +28,9 @@ def pair_rows(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
 def _side(row: Row | None) -> Row | None:
     if row is None:
         return None
-    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact", "tries")}
+    kept = {key: row.get(key) for key in ("response", "stop_reason", "exact")}
+    tries = row.get("tries")
+    kept["tries"] = [str(text) for text in tries] if isinstance(tries, list) else []
     numbers = {
         key: number(row.get(key)) for key in ("new_tokens", "nll", "rejected_nll", "attempts", "right", "reward")
     }
