@@ -93,6 +93,19 @@ def folder(path: Path, kind: str = "llama", template: str | None = CHATML, **cha
     return path
 
 
+def stopping_folder(path: Path) -> Path:
+    """Save a model that writes the stop token about every sixth time: its hidden states lean to where that row points."""
+    import torch
+
+    made = model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        made.model.embed_tokens.weight.add_(0.03)
+        made.lm_head.weight[made.config.eos_token_id] = 0.1
+    made.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
 def chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of sums in ``messages`` form, of differing lengths."""
     rng = random.Random(seed)

@@ -10,8 +10,7 @@ from postgrad.checking import Data
 from postgrad.data.tasks import TASKS
 from postgrad.errors import ConfigError
 from postgrad.method_config import GRPOConfig
-from postgrad.rewards.load import load_rewards
-from postgrad.stages import reward_specs, weigh
+from postgrad.stages import make_rewards, reward_specs
 from postgrad.trainers import Trainer
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ class GRPOTrainer(Trainer):
         **trl_options.TRAINER_ARGUMENTS,
         "formatting_func": "give rows with a prompt",
         "reward_processing_classes": "reward models are not supported: wrap yours in a reward function",
-        "tools": "use an environment; see docs/rewards.md",
-        "rollout_func": "use an environment; see docs/rewards.md",
-        "environment_factory": "use an environment; see docs/rewards.md",
+        "tools": "use args.environment; see docs/rewards.md",
+        "rollout_func": "use args.environment; see docs/rewards.md",
+        "environment_factory": "use args.environment; see docs/rewards.md",
     }
 
     def __init__(
@@ -59,8 +58,7 @@ class GRPOTrainer(Trainer):
             if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
             else [reward_funcs]
         )
-        self.rewards = load_rewards(specs)
-        weigh(self.rewards, config.reward_weights)
+        self.rewards = make_rewards(config, specs)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, **arguments)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:

@@ -93,12 +93,7 @@ def load_data(config: RunConfig) -> Data:
     """Load training rows, and held-out rows or a held-out split; for online RL what judges answers to them, too."""
     data = _load_gym(config) if isinstance(config, GRPOConfig) and names_gym(config) else _load_rows(config)
     if isinstance(config, GRPOConfig):
-        specs = reward_specs(config)
-        data.rewards = load_rewards(specs) if specs else []
-        if config.environment is not None:
-            load_environment(config.environment)  # a wrong name should not cost the time of loading a model
-            data.rewards.append(environment_reward())
-        weigh(data.rewards, config.reward_weights)
+        data.rewards = make_rewards(config, reward_specs(config))
     return data
 
 
@@ -125,18 +120,28 @@ def reward_specs(config: GRPOConfig) -> list[Any]:
     return [{**spec, **allowed} if isinstance(spec, dict) and spec.get("name") == "code" else spec for spec in specs]
 
 
-def weigh(rewards: list[Reward], weights: list[float] | None) -> None:
-    """Give rewards the weights of ``reward_weights``.
+def make_rewards(config: GRPOConfig, specs: list[Any]) -> list[Reward]:
+    """The rewards of a run, an environment's last, with their weights.
+
+    Args:
+        config: its ``environment`` and ``reward_weights`` count.
+        specs: what :func:`postgrad.rewards.load.load_rewards` takes; may be empty where there is an environment.
 
     Raises:
-        ConfigError: for another number of them.
+        ConfigError: for what is no reward or no environment, and for another number of weights.
     """
+    rewards = load_rewards(specs) if specs or config.environment is None else []
+    if config.environment is not None:
+        load_environment(config.environment)  # a wrong name should not cost the time of loading a model
+        rewards.append(environment_reward())
+    weights = config.reward_weights
     if weights is None:
-        return
+        return rewards
     if len(weights) != len(rewards):
         raise ConfigError(f"{len(rewards)} rewards but {len(weights)} reward_weights")
     for reward, weight in zip(rewards, weights, strict=True):
         reward.weight = weight
+    return rewards
 
 
 def _load_gym(config: RunConfig) -> Data:

@@ -29,6 +29,17 @@ from program import (
 
 STEPS = 6
 REWARDS = '''
+from postgrad.rewards.environment import EnvStep
+
+class Echo:
+    """Says again what was said, and pays for its length."""
+
+    def reset(self, row):
+        return [{"role": "user", "content": "begin"}]
+
+    def step(self, message):
+        return EnvStep([{"role": "user", "content": message["content"][:9]}], reward=len(message["content"]) / 50)
+
 def vowels(completions, **columns):
     """Differs from one completion to the next."""
     return [sum(text[-1]["content"].count(one) for one in "aeiou") / 10 for text in completions]
@@ -45,7 +56,7 @@ def first_only(completions, answer, **columns):
     return [float(len(text[-1]["content"])) if int(one) % 2 == 0 else 1.0 for text, one in zip(completions, answer)]
 '''
 BASE = [
-    "reward_funcs=my_rewards:vowels", "num_generations=4", "per_device_train_batch_size=8", "max_completion_length=8",
+    "reward_funcs=run_rewards:vowels", "num_generations=4", "per_device_train_batch_size=8", "max_completion_length=8",
     f"max_steps={STEPS}", "learning_rate=1e-2", "lr_scheduler_type=constant", "logging_steps=1", "save_steps=1",
     "use_cpu=true", "save_dtype=float32", "max_asked_rows=2", *SMALL,
 ]  # fmt: skip
@@ -54,15 +65,20 @@ KINDS: dict[str, list[str]] = {
     "two updates": ["num_iterations=2", "epsilon=0.05"],
     "divergence": ["num_iterations=1", "beta=0.1"],
     "three updates and divergence": ["num_iterations=3", "beta=0.1", "epsilon=0.05"],
-}
+    "an environment": [
+        "-m", "stopping", "environment=run_rewards:Echo", "max_turns=3", "max_completion_length=60",
+        "num_iterations=2",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
 def base(cli: Callable[..., Result], model_folder: Callable[..., str]) -> list[str]:
     """A model, tasks and rewards in the current folder."""
-    Path("my_rewards.py").write_text(REWARDS, encoding="utf-8")
+    Path("run_rewards.py").write_text(REWARDS, encoding="utf-8")
     rows = [{"prompt": [{"role": "user", "content": f"{n} plus one"}], "answer": str(n)} for n in range(40)]
     write_jsonl(Path("tasks.jsonl"), rows)
+    tiny.stopping_folder(Path("stopping"))
     return ["grpo", "-m", model_folder("llama"), "-d", "tasks.jsonl", *BASE]
 
 
@@ -87,6 +103,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert_same("two", "one")
     assert [row["loss"] for row in metrics(Path("three"))] != [row["loss"] for row in metrics(Path("one"))]
     assert any(row["grad_norm"] > 0 for row in metrics(Path("one")))
+    if kind == "an environment":
+        assert metrics(Path("one"))[0]["completions/mean_turns"] > 1.5
 
 
 @reliability(10, "online RL: a stop signal in a step", "one checkpoint; the resume ends with the same bits")
@@ -144,7 +162,7 @@ def test_the_cut_into_passes_changes_nothing(cli: Callable[..., Result], base: l
         assert [row[key] for row in small] == pytest.approx(expected, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("kind", ["one update", "three updates and divergence"])
+@pytest.mark.parametrize("kind", ["one update", "three updates and divergence", "an environment"])
 def test_shared_prompts_change_nothing(
     cli: Callable[..., Result], base: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +182,7 @@ def test_shared_prompts_change_nothing(
 def test_a_token_that_is_paid_for_is_written(cli: Callable[..., Result], base: list[str], seed: int) -> None:
     """From once in 600 tokens to nearly always."""
     options = ["max_steps=30", "max_completion_length=4", "num_generations=16", "per_device_train_batch_size=64"]
-    rewards = "reward_funcs=[{name: my_rewards:token, wanted: 70}]"
+    rewards = "reward_funcs=[{name: run_rewards:token, wanted: 70}]"
     done(cli, *base, rewards, *options, "save_steps=100", f"seed={seed}", "max_asked_rows=0", "-o", "run")
     rewards_ = [row["reward"] for row in metrics(Path("run"))]
     assert len(rewards_) == 30
@@ -179,7 +197,7 @@ def test_where_all_groups_are_silent_nothing_moves(cli: Callable[..., Result], b
     import torch
     from safetensors.torch import load_file
 
-    options = ["reward_funcs=my_rewards:same", "weight_decay=0", f"loss_type={loss_type}"]
+    options = ["reward_funcs=run_rewards:same", "weight_decay=0", f"loss_type={loss_type}"]
     done(cli, *base, *options, "-o", "run")
     for row in metrics(Path("run")):
         assert (row["frac_reward_zero_std"], row["loss"], row["grad_norm"]) == (1.0, 0.0, 0.0)
@@ -191,7 +209,7 @@ def test_where_all_groups_are_silent_nothing_moves(cli: Callable[..., Result], b
 
 def test_silent_groups_are_counted_and_drawn_again(cli: Callable[..., Result], base: list[str]) -> None:
     """Half of the tasks have no signal: rewards of their groups are equal."""
-    options = ["reward_funcs=my_rewards:first_only"]
+    options = ["reward_funcs=run_rewards:first_only"]
     done(cli, *base, *options, "-o", "once")
     done(cli, *base, *options, "max_resamples=4", "-o", "again")
     once, again = metrics(Path("once")), metrics(Path("again"))
@@ -222,11 +240,11 @@ def test_cut_completions_are_left_out_where_asked_for(cli: Callable[..., Result]
 
 
 def test_weights_of_rewards(cli: Callable[..., Result], base: list[str]) -> None:
-    rewards = "reward_funcs=[my_rewards:vowels, my_rewards:same]"
+    rewards = "reward_funcs=[run_rewards:vowels, run_rewards:same]"
     done(cli, *base, rewards, "reward_weights=[2, 0.25]", "-o", "run")
     for row in metrics(Path("run")):
         assert row["reward"] == pytest.approx(2 * row["rewards/vowels/mean"] + 0.25 * row["rewards/same/mean"])
-    weighted = [{"name": "my_rewards:vowels", "weight": 2}, {"name": "my_rewards:same", "weight": 0.25}]
+    weighted = [{"name": "run_rewards:vowels", "weight": 2}, {"name": "run_rewards:same", "weight": 0.25}]
     done(cli, *base, f"reward_funcs={json.dumps(weighted)}", "-o", "other")
     assert metrics(Path("other")) == metrics(Path("run"))
     for row in rows_of(Path("run/rollouts.jsonl")):

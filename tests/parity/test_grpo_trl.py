@@ -104,14 +104,14 @@ def run_ours(
 
     monkeypatch.setattr(postgrad.rollouts, "generate", generate)
     tiny.folder(Path("start"), "llama", seed=7)
-    Path("my_rewards.py").write_text(REWARDS, encoding="utf-8")
+    Path("parity_rewards.py").write_text(REWARDS, encoding="utf-8")
     data = write_jsonl(Path("tasks.jsonl"), rows)
     held = write_jsonl(Path("held.jsonl"), [{"prompt": [{"role": "user", "content": "held out"}]}])
     given = [f"{name}={str(value).lower()}" for name, value in {**SHARED, **options}.items()]
     fixed_settings = ["train_sampling_strategy=sequential", "save_dtype=float32", "max_asked_rows=0"]
     result = cli(
         "grpo", "-m", "start", "-d", data, f"eval_dataset_name={held}", *SMALL, *given, *fixed_settings,
-        "reward_funcs=[my_rewards:several, my_rewards:even]", "-o", "run",
+        "reward_funcs=[parity_rewards:several, parity_rewards:even]", "-o", "run",
     )  # fmt: skip
     assert result.code == 0, result.text
     return metrics(Path("run")), weights(Path("run"))

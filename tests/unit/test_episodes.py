@@ -248,7 +248,7 @@ RUN = ["num_generations=4", "per_device_train_batch_size=8", "max_completion_len
 
 @pytest.fixture
 def tasks_file(tmp_path: Path) -> str:
-    (tmp_path / "my_environments.py").write_text(HINTS, encoding="utf-8")
+    (tmp_path / "played_environments.py").write_text(HINTS, encoding="utf-8")
     rows = [{"prompt": [{"role": "user", "content": f"{n} + 1"}], "answer": str(n + 1)} for n in range(30)]
     return write_jsonl(tmp_path / "tasks.jsonl", rows)
 
@@ -264,14 +264,14 @@ def test_a_run_in_an_environment(
     base = [
         "grpo",
         "-m",
-        stopping_model(Path("model")),
+        str(tiny.stopping_folder(Path("model"))),
         "-d",
         tasks_file,
         *RUN,
         "reward_funcs=stops",
         "num_iterations=2",
     ]
-    options = ["environment=my_environments:Hints", "max_turns=3", "reward_weights=[0.5, 1]"]
+    options = ["environment=played_environments:Hints", "max_turns=3", "reward_weights=[0.5, 1]"]
     result = cli(*base, *options, "-o", "run")
     assert result.code == 0, result.text
     rows = metrics(Path("run"))
@@ -294,30 +294,17 @@ def test_a_run_in_an_environment(
     assert again.code == 0 and metrics(Path("again")) == rows
 
 
-def stopping_model(path: Path) -> str:
-    """A model that writes the stop token about every sixth time: all hidden states lean to where its row points."""
-    import torch
-
-    model = tiny.model("llama", tie_word_embeddings=False)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.add_(0.03)
-        model.lm_head.weight[STOP] = 0.1
-    model.save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["environment=calculater"], "did you mean calculator?"),
-        (["environment=my_environments:Hint"], "has no 'Hint'"),
-        (["environment=my_environments:Nothing"], "has no reset()"),
-        (["environment=my_environments:Picky"], "cannot be made"),
-        (["environment=my_environments:HINTS"], "has no 'HINTS'"),
+        (["environment=played_environments:Hint"], "has no 'Hint'"),
+        (["environment=played_environments:Nothing"], "has no reset()"),
+        (["environment=played_environments:Picky"], "cannot be made"),
+        (["environment=played_environments:HINTS"], "has no 'HINTS'"),
         (["environment=no_module:Hints"], "there is no module no_module for the environment"),
         (["reward_funcs=stops", "max_turns=3"], "max_turns has no effect without environment"),
-        (["environment=my_environments:failing"], "it is broken"),
+        (["environment=played_environments:failing"], "it is broken"),
     ],
 )
 def test_what_is_no_environment_is_refused(
@@ -330,3 +317,21 @@ def test_what_is_no_environment_is_refused(
 def test_the_calculator_has_a_name() -> None:
     assert load_environment("calculator") is Calculator
     assert GRPOConfig(environment="calculator").max_turns == 8
+
+
+def test_the_trainer_plays_too(tmp_path: Path) -> None:
+    from postgrad import GRPOTrainer
+
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"), environment="calculator", max_turns=2, max_completion_length=24, max_steps=1,
+        num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False, max_new_tokens=4, rehearsal=False,
+        reward_weights=[1, 0.5], logging_steps=1,
+    )  # fmt: skip
+    rows = [{"prompt": [{"role": "user", "content": f"{n}+1"}], "answer": str(n + 1)} for n in range(12)]
+    trainer = GRPOTrainer(
+        str(tiny.stopping_folder(tmp_path / "model")), reward_funcs="stops", args=args, train_dataset=rows
+    )
+    trainer.train()
+    assert [(reward.name, reward.weight) for reward in trainer.rewards] == [("stops", 1), ("environment", 0.5)]
+    (row,) = [one for one in trainer.state.log_history if "reward" in one]
+    assert row["reward"] == pytest.approx(row["rewards/stops/mean"] + 0.5 * row["rewards/environment/mean"])

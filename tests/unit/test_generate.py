@@ -281,3 +281,28 @@ def test_answers_keep_the_order_and_progress_is_told(monkeypatch: pytest.MonkeyP
     assert told == [4, 8, 10]
     assert model.training
     assert [a.token_ids for a in answers] == by_transformers(model.eval(), rows, [2], 9)
+
+
+@pytest.mark.parametrize("by", ["postgrad", "transformers"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_alone_a_sampling_is_not_bent_by_the_models_own_settings(
+    by: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts must be draws from the distribution that their loss assumes."""
+    if by == "transformers":
+
+        def refuse(*arguments: Any) -> Any:
+            raise UnsupportedModel("its cache is of another kind")
+
+        monkeypatch.setattr(decoding, "decode", refuse)
+    model, rows = lively("llama"), prompts()
+    options: dict[str, Any] = {"stop_ids": [2], "max_new_tokens": NEW}
+    sampling = Sampling(temperature, seed=7, alone=True)
+    plain = [answer.token_ids for answer in generate(model, tiny.tokenizer(), rows, sampling=sampling, **options)]
+    own = model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.suppress_tokens = 3.0, 2, list(range(3, 200))
+    bent = generate(model, tiny.tokenizer(), rows, sampling=Sampling(temperature, seed=7), **options)
+    assert [answer.token_ids for answer in bent] != plain
+    found = generate(model, tiny.tokenizer(), rows, sampling=sampling, **options)
+    assert [answer.token_ids for answer in found] == plain
+    assert model.generation_config is own and own.repetition_penalty == 3.0

@@ -225,7 +225,9 @@ def _table(head: tuple[str, ...], rows: list[list[Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*head, show_header=any(head))
+    table = Table(show_header=any(head), padding=(0, 1) if len(head) < 7 else 0)
+    for name in head:
+        table.add_column(name, no_wrap=name in ("status", "method"))
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell), overflow="fold") for cell in row))
     Console().print(table)
