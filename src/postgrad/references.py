@@ -69,7 +69,7 @@ def add_reference(
         return replace(prepared, samples=list(with_reference(samples, logps)))
     started_from = run.read_json("environment.json")["model"]["sha256"]
     if resumes:
-        _require_untrained(packed, own, started_from)
+        require_untrained(packed, run, f"{own} is missing or damaged")
     path = _place(packed, samples, token_budget, dtype, started_from) if cached else None
     logps = _recall(path, samples) if path else None
     if logps is None:
@@ -90,10 +90,21 @@ def known_reference(run: Run, samples: Sequence[Sample]) -> list[np.ndarray] | N
     return _recall(_place_in(run, samples), samples)
 
 
-def _require_untrained(packed: PackedModel, path: Path, started_from: str) -> None:
+def require_untrained(packed: PackedModel, run: Run, why: str) -> None:
+    """Make sure that the model of a resumed run is still the reference; in Python it may have been trained.
+
+    Args:
+        packed: the model in memory.
+        run: its ``environment.json`` names the starting model's weights.
+        why: that matters.
+
+    Raises:
+        CheckpointError: where it is another.
+    """
+    started_from = run.read_json("environment.json")["model"]["sha256"]
     if not adapters.is_new(packed.model) and weights_sha256(packed.model) != started_from:
         raise CheckpointError(
-            f"{path} is missing or damaged, and the model in memory is not the one that the run started from",
+            f"{why}, and the model in memory is not the one that the run started from",
             "give the trainer the starting model, loaded anew",
         )
 

@@ -38,7 +38,7 @@ from postgrad.model.quantized import quantization
 from postgrad.model.save import model_card
 from postgrad.preferences import judge
 from postgrad.recording import write_config
-from postgrad.references import add_reference
+from postgrad.references import add_reference, require_untrained
 from postgrad.resuming import restore
 from postgrad.rewards.contract import Reward
 from postgrad.rewards.gym import gym_tasks, is_gym, parse_gym
@@ -225,7 +225,14 @@ def refer(
     resumes: bool,
     display: Display,
 ) -> tuple[Prepared, Prepared | None]:
-    """Let the starting model be the reference, where the method has one over its documents."""
+    """Let the starting model be the reference, where the method has one over its documents.
+
+    Raises:
+        TrainingStopped: where a log p of it is no number.
+        CheckpointError: where a run goes on in Python with a model that was trained already, and no reference is left.
+    """
+    if isinstance(config, GRPOConfig) and config.beta and resumes:
+        require_untrained(packed, run, f"beta={config.beta} needs the starting model as the reference")
     if not isinstance(config, DPOConfig) or config.reference_free:
         return prepared, heldout
     known = isinstance(config, RunConfig) and config.load_from_cache_file

@@ -15,7 +15,7 @@ import torch
 
 import tiny
 from pairing import lfm2_folder, pair_file, pairs
-from postgrad import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from postgrad import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from postgrad.errors import CheckpointError, ConfigError, Interrupted
 from postgrad.train import loop
 from program import SMALL, Result, command, ending, fork, metrics, rows_of, signal_at, steps_saved, weights
@@ -255,6 +255,27 @@ def test_resumed_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.rmtree(tmp_path / "broken" / "references")
     with pytest.raises(CheckpointError, match="the model in memory is not the one that the run started from"):
         broken.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_online_rl_resumed_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beta: float) -> None:
+    """Its reference writes nothing down, so with one the starting model is needed."""
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"), max_steps=3, use_cpu=True, bf16=False, beta=beta, num_generations=2,
+        per_device_train_batch_size=2, max_completion_length=4, rehearsal=False, disable_tqdm=True,
+    )  # fmt: skip
+    tasks = [{"prompt": row["prompt"]} for row in pairs(6)]
+    rewards = [lambda completions, **columns: [float(len(text[0]["content"])) for text in completions]]
+    trainer = GRPOTrainer(tiny.model("llama", seed=7), rewards, args, tasks, processing_class=tiny.tokenizer())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradient", stopping(loop._gradient, at=2))
+        with pytest.raises(Interrupted):
+            trainer.train()
+    if beta:
+        with pytest.raises(CheckpointError, match="needs the starting model as the reference, and the model in memory"):
+            trainer.train(resume_from_checkpoint=True)
+    else:
+        assert trainer.train(resume_from_checkpoint=True).global_step == 3
 
 
 def stopping(function: Callable[..., Any], at: int) -> Callable[..., Any]:
