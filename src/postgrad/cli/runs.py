@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RUNS = Annotated[str, typer.Option("--runs", help="Folder of run directories.")]
 RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its name inside --runs.")]
+WORDS = ("status", "method", "steps", "verdict")  # columns of single words, which are not broken
 SHOWN = (
     "run", "status", "method", "started", "model", "parameters", "model_sha256", "data", "rows", "data_fingerprint",
     "heldout_rows", "steps", "loss", "seconds", "verdict_text", "adapters", "tracking", "exports", "parity",
@@ -53,7 +54,7 @@ def list_(
     runs: RUNS = "runs",
     as_json: JSON = False,
 ) -> None:
-    """List runs: status, method, model, data, steps, loss, the method's main held-out figure, and verdict.
+    """List runs: status, method, model, data, steps, the method's main held-out figure, verdict.
 
     \b
       postgrad runs
@@ -71,10 +72,9 @@ def list_(
         return
     cells = []
     for row in rows:
-        loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
         facts = [row[name] for name in ("run", "status", "method", "model", "data", "steps")]
-        cells.append([*facts, loss, _main(row["main"]), row["verdict"]])
-    _table(("run", "status", "method", "model", "data", "steps", "loss", "held out", "verdict"), cells)
+        cells.append([*facts, _main(row["main"]), row["verdict"]])
+    _table(("run", "status", "method", "model", "data", "steps", "held out", "verdict"), cells)
 
 
 @app.command()
@@ -225,9 +225,9 @@ def _table(head: tuple[str, ...], rows: list[list[Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=any(head), padding=(0, 1) if len(head) < 7 else 0)
+    table = Table(show_header=any(head))
     for name in head:
-        table.add_column(name, no_wrap=name in ("status", "method"))
+        table.add_column(name, no_wrap=name in WORDS)
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell), overflow="fold") for cell in row))
     Console().print(table)
