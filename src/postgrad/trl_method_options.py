@@ -26,8 +26,10 @@ DPO: dict[str, Option] = {
     "max_completion_length": Option("refused", _LENGTHS, (None,)),
 }
 
-_BATCH_DEPENDENT = "it sorts what is in a batch, so its value depends on how a step is cut into batches"
-DPO_LOSSES = {"aot": _BATCH_DEPENDENT, "aot_unpaired": _BATCH_DEPENDENT}
+DPO_LOSSES = {
+    "aot": "it sorts the pairs of a batch, so its value depends on how a step is cut into batches",
+    "aot_unpaired": "it sorts the answers of a batch, so its value depends on how a step is cut into batches",
+}
 
 _VLLM = "not supported yet: rollouts come from postgrad's own generator; leave it out"
 _OWN_GENERATOR = "rollouts come from postgrad's own generator"

@@ -81,7 +81,8 @@ def test_a_pair_with_the_same_answer_twice(cli: Callable[..., Result], base: lis
 WRONG: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "loss twice": ({"loss_type": ["ipo", "ipo"]}, "names a loss twice", None),
     "no loss": ({"loss_type": []}, "loss_type is empty", None),
-    "unknown loss": ({"loss_type": "aot"}, "loss_type.*'sigmoid'", None),
+    "unknown loss": ({"loss_type": "kto"}, "loss_type.*'sigmoid'", None),
+    "a loss of batches": ({"loss_type": ["aot"]}, "aot is not supported: .* how a step is cut into batches", None),
     "number of weights": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "2 losses but 1 loss_weights", None),
     "smoothing without effect": ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect", None),
     "smoothing of sigmoid": ({"label_smoothing": 0.1}, "label_smoothing has no effect", None),
