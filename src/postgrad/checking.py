@@ -201,7 +201,7 @@ def make_job(
         eval_samples=heldout.samples if heldout else [],
         config=config,
         run=run,
-        method=make_method(config, loaded, prepared, packed, choices, judge),
+        method=make_method(config, loaded, prepared, heldout, packed, choices, judge),
         compute_dtype=DTYPES[choices["compute_dtype"]],
         identity=identity,
         display=display,
@@ -229,6 +229,7 @@ def make_method(
     config: SFTConfig,
     loaded: LoadedModel,
     prepared: Prepared[Any],
+    heldout: Prepared[Any] | None,
     packed: PackedModel,
     choices: dict[str, Any],
     judge: Judge | None,
@@ -251,6 +252,7 @@ def make_method(
         compute_dtype=dtype,
         reference=Reference(packed, dtype) if config.beta else None,
         player=make_player(config, make_renderer(config, loaded.tokenizer, loaded.chat)),
+        heldout=heldout.examples if heldout else [],
     )
     return GRPO(config, roller)
 

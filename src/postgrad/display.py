@@ -163,10 +163,10 @@ class Display:
 
     def log(self, row: dict[str, Any]) -> None:
         """Show one logged row; a progress bar shows the losses already."""
-        if self._progress is not None and "eval_loss" not in row:
+        if self._progress is not None and not tables.is_evaluation(row):
             return
         step = row["step"]
-        if "eval_loss" in row:
+        if tables.is_evaluation(row):
             measured = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
             tokens = f"  ({row['eval_tokens']:,} tokens)" if "eval_tokens" in row else ""
             self.note(f"step {step}/{self._total}  eval_{tables.measures(measured)}{tokens}")

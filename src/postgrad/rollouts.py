@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from postgrad.rewards.contract import Completion, Reward
 from postgrad.rewards.score import Account, score
 from postgrad.runs import ROLLOUTS, Run
 from postgrad.sampling import Sampling
-from postgrad.types import Answer, Conversation, Rollout, Task
+from postgrad.types import Answer, Conversation, Rollout, Sample, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,6 +162,7 @@ class Rollouts:
         compute_dtype: of the weights in training.
         reference: the starting model, where its divergence counts.
         player: plays the episodes of an environment.
+        heldout: the tasks that an evaluation during training answers.
     """
 
     def __init__(
@@ -177,8 +178,9 @@ class Rollouts:
         compute_dtype: torch.dtype,
         reference: Reference | None = None,
         player: Player | None = None,
+        heldout: Sequence[Task] = (),
     ) -> None:
-        self.packed, self.tasks, self.prompts = packed, tasks, prompts
+        self.packed, self.tasks, self.prompts, self.heldout = packed, tasks, prompts, heldout
         self.writer = Writer(packed.model, tokenizer, judge.stop_ids, config, player)
         self.judge, self.config, self.reference = judge, config, reference
         self.scoring: dict[str, Any] = {
@@ -212,6 +214,19 @@ class Rollouts:
         if self.config.max_resamples:
             facts["groups_drawn_again"] = float(drawn)
         return self._scored(rollouts), facts
+
+    def evaluate(self, planned: Sequence[Sample], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Rewards of one completion of each held-out task."""
+        if stop():
+            return None
+        count = self.config.num_generations
+        prompts = [sample.ids_T[: -self.config.max_completion_length].tolist() for sample in planned[::count]]
+        tasks = self.heldout[: self.config.max_asked_rows]
+        with self.packed.writing():
+            answers = self.writer.answers(tasks, prompts[: len(tasks)], [self.config.seed])
+        rewards_RF = torch.from_numpy(self.judge.rewards_RF(tasks, answers, 0))
+        rewards_R = (rewards_RF * self.weights_F).nansum(1)[~rewards_RF.isnan().all(1)]
+        return {"reward": float(rewards_R.mean()), **self._by_reward(rewards_RF), **_lengths(answers)}
 
     def _answered(self, examples: list[int], number: int, attempt: int) -> list[_Group]:
         """Answer some tasks; everything random depends on the run's seed, the batch and the attempt alone."""

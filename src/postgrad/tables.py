@@ -116,6 +116,11 @@ def _answer(row: dict[str, Any]) -> Text:
     return cell
 
 
+def is_evaluation(row: Mapping[str, object]) -> bool:
+    """Whether a logged row holds an evaluation rather than steps."""
+    return any(name.startswith("eval_") for name in row)
+
+
 def measures(values: Mapping[str, float]) -> str:
     """What a log line says of a step, the figure that matters first: the loss, or with rewards these.
 
@@ -123,10 +128,8 @@ def measures(values: Mapping[str, float]) -> str:
         values: logged numbers, under TRL's names.
     """
     known = [(name, form) for name, form in MEASURES.items() if name in values]
-    if "reward" not in values:  # the policy's loss is near 0 whatever happens
-        known.insert(0, ("loss", "loss {:.4f}"))
-    else:
-        known.append(("loss", "loss {:.4f}"))
+    loss = [("loss", "loss {:.4f}")] if "loss" in values else []
+    known = known + loss if "reward" in values else loss + known  # the policy's loss is near 0 whatever happens
     return "  ".join(form.format(values[name]) for name, form in known)
 
 

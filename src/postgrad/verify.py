@@ -36,6 +36,7 @@ from postgrad.pipeline import make_ready
 from postgrad.recording import write_config
 from postgrad.runs import Run
 from postgrad.stages import Data, fit, load, load_data
+from postgrad.tables import is_evaluation
 from postgrad.train import checkpoint
 
 STEPS = 4  # the fewest with checkpoints inside an epoch, at its end, and in the next one
@@ -211,7 +212,7 @@ class _Trial:
         state = checkpoint.read(last)[0]
         return Verdict(
             steps=state.step,
-            evaluations=sum("eval_loss" in row for row in state.log_history),
+            evaluations=sum(is_evaluation(row) for row in state.log_history),
             resumed=resumed,
             repeated=repeated,
             **self.facts,
@@ -320,7 +321,7 @@ def _timeless(loop: dict[str, Any]) -> dict[str, Any]:
     """A loop state without the clock, each logged row under a name of its own."""
     rows = loop.pop("log_history")
     for row in rows:
-        kind = "evaluation" if "eval_loss" in row else "log"
+        kind = "evaluation" if is_evaluation(row) else "log"
         loop[f"{kind} of step {row['step']}"] = {key: value for key, value in row.items() if key not in CLOCK}
     return loop
 

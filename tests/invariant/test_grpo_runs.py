@@ -319,3 +319,22 @@ def test_all_turns_of_a_task_are_read(cli: Callable[..., Result], base: list[str
 def test_verify_resume_knows_the_method(cli: Callable[..., Result], base: list[str], kind: str) -> None:
     result = cli("verify-resume", "--method", *base, *KINDS[kind], "--steps", "4", "--json")
     assert result.code == 0, result.text
+
+
+def test_a_rehearsal_with_a_reference_and_evaluations_of_rewards(
+    cli: Callable[..., Result], model_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": row["messages"][:1], "answer": row["answer"]} for row in tiny.chats(24)]
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", rows)
+    options = ["beta=0.05", "rehearsal=true", "eval_strategy=steps", "eval_steps=1", "eval_on_start=true"]
+    result = cli(
+        "grpo", "-m", model_folder("llama"), "-d", tasks, "reward_funcs=stops", "max_steps=2", "max_completion_length=5",
+        "max_new_tokens=4", "bf16=false", "disable_tqdm=true", *options, "-o", "run",
+    )  # fmt: skip
+    assert result.code == 0, result.text
+    measured = [row for row in metrics(Path("run")) if "eval_reward" in row]
+    assert [row["step"] for row in measured] == [0, 1, 2]
+    assert all(0 <= row["eval_reward"] == row["eval_rewards/stops/mean"] for row in measured)
+    assert all(row["eval_completions/max_length"] <= 5 and "eval_loss" not in row for row in measured)
+    verdicts = {check["name"]: check["status"] for check in json.loads(Path("run/checks.json").read_text())["checks"]}
+    assert verdicts["rehearsal"] == "pass"

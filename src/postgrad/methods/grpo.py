@@ -6,7 +6,7 @@ Shao et al. 2024 (arXiv:2402.03300), equation 3; the variants are named in :mod:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -30,6 +30,15 @@ class Roller(Protocol):
         Args:
             examples: indices of tasks.
             number: of the batch in the run, from 0; settles everything random.
+        """
+        ...
+
+    def evaluate(self, planned: Sequence[Sample], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Mean rewards and lengths of one completion of each held-out task; None where ``stop`` came first.
+
+        Args:
+            planned: completions of full length in their place, of the held-out tasks.
+            stop: asked before anything is written.
         """
         ...
 
@@ -104,7 +113,7 @@ class GRPO(Method):
             advantages_N=_of_documents([one.advantage for one in documents], batch, logps_N),
             document_N=batch.document_N,
             old_N=_joined([one.old_N for one in documents], logps_N),
-            reference_N=_joined([one.reference_N for one in documents], logps_N),
+            reference_N=self._reference(documents, logps_N),
             counted_N=counted_N,
         )
         found = policy_losses(
@@ -124,6 +133,19 @@ class GRPO(Method):
         self._entropy = self._entropy.to(logps_N.device) + counted(entropies_N, counted_N).sum()
         self._found.append(found)
         return [(loss.detach(), batch, -logps_N.detach())]
+
+    def _reference(self, documents: Sequence[Rollout], logps_N: torch.Tensor) -> torch.Tensor | None:
+        """The reference's log p; of planned completions, which nobody wrote, the model's own."""
+        if not self.config.beta:
+            return None
+        known_N = _joined([one.reference_N for one in documents], logps_N)
+        return logps_N.detach() if known_N is None else known_N
+
+    def evaluate(
+        self, packed: PackedModel, samples: Sequence[Sample], token_budget: int, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Rewards of one completion of each held-out task."""
+        return {} if self.roller is None else self.roller.evaluate(samples, stop)
 
     def measured(self) -> Numbers:
         """Means over the step's tokens under TRL's names, and what the rollouts were."""

@@ -170,6 +170,7 @@ COLUMNS: dict[str, tuple[tuple[str, str, Show], ...]] = {
 }
 MEASURED: tuple[tuple[str, str, Show], ...] = (
     ("held-out loss", "eval_loss", number),
+    ("held-out reward", "eval_reward", number),
     ("accuracy", "eval_rewards/accuracies", percent),
     ("margin", "eval_rewards/margins", number),
     ("tokens", "eval_tokens", whole),

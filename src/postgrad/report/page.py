@@ -124,7 +124,7 @@ def collect(run: Run) -> Row:
     method = method_of(config)
     charts, dull = curves(metrics, method)
     logged = [row for row in metrics if "loss" in row]
-    measured = [row for row in metrics if "eval_loss" in row]
+    measured = [row for row in metrics if any(str(name).startswith("eval_") for name in row)]
     status = environment.get("status")
     later = afterwards(environment, files.json("exports.json"), files.json("parity.json"))
     asked_for = bool(config.get("questions") or at(environment, "data", "heldout", "rows"))

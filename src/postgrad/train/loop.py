@@ -353,7 +353,7 @@ def _evaluate(job: Job, state: LoopState, order: DataOrder, stop: StopRequest) -
     row = {"step": state.step, "epoch": round(order.epoch(state.step), 6)}
     measured = {f"eval_{name}": value for name, value in found.items()}
     _log(job, state, {**row, **measured, "time": time.time()})
-    loss = found["loss"]
+    loss = found.get("loss", math.nan)
     if state.step == 0:
         return True  # the starting model is no checkpoint to come back to
     gain = _gain(loss, state.best_metric, job.config)
