@@ -219,4 +219,4 @@ def make_ready(
         judge = make_judge(config, loaded, data, prepared, run, display)
         job = make_job(config, loaded, prepared, heldout, packed, choices, judge, run, display)
         try_out(job, choices, resumes=resumes)
-    return Ready(job, make_exam(config, loaded, renderer, heldout, judge), choices)
+    return Ready(job, make_exam(config, loaded, renderer, heldout, judge, run), choices)

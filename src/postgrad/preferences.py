@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from postgrad.drift import divergence
 from postgrad.evaluate import LEAST_ROWS, change, compare, paired_bootstrap
 
 Row = dict[str, Any]
@@ -41,7 +42,8 @@ def compare_pairs(before: list[Row], after: list[Row], beta: float, seed: int = 
         ``margin`` and ``accuracy`` of the implicit rewards, ``prefers_chosen`` (share of pairs whose chosen answer has
         the higher log p per token) before and after, the change of log p per token of both answers, and ``nearer``
         (share of answered prompts whose answer is nearer to the chosen than to the rejected one) with the share of
-        those where the later answer wins; each with a 95% interval from a paired bootstrap over pairs. None without
+        those where the later answer wins; ``kl``, how far the model moved from its reference
+        (:mod:`postgrad.drift`); each with a 95% interval from a paired bootstrap over pairs. None without
         pairs.
     """
     later = {row["id"]: row for row in after}
@@ -71,6 +73,7 @@ def compare_pairs(before: list[Row], after: list[Row], beta: float, seed: int = 
             for name, moved, side in (("chosen", chosen, nll[0]), ("rejected", rejected, nll[1]))
         },
         "nearer": _nearer(pairs, rng),
+        "kl": divergence(pairs, rng),
     }
     found["verdict"] = _verdict(found)
     return found

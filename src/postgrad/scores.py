@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Row = dict[str, Any]
@@ -89,6 +89,9 @@ def _of_pairs(comparison: Row) -> Iterator[Score]:
     yield _change("nearer", "Answers nearer to the chosen one", "share", found.get("nearer"), asked)
     won = at(found, "nearer", "win_rate")
     yield _value("win_rate", "Answers that moved towards the chosen one", "share", won, 0.5, asked)
+    kl = found.get("kl")
+    far = _value("kl", "KL from the reference, nats an answer", "number", kl, 0.0, _count(at(kl, "rows")))
+    yield replace(far, better=0)
 
 
 def _of_tasks(comparison: Row) -> Iterator[Score]:

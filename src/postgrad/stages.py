@@ -23,8 +23,9 @@ from postgrad.data.readers import READERS
 from postgrad.data.render import Renderer
 from postgrad.data.split import split_heldout
 from postgrad.display import Display
+from postgrad.drift import Drift
 from postgrad.errors import ConfigError
-from postgrad.evaluate import Exam, as_rows, sit
+from postgrad.evaluate import Exam, Grader, as_rows, sit
 from postgrad.method_config import DPOConfig, GRPOConfig
 from postgrad.model import adapters
 from postgrad.model.load import (
@@ -257,13 +258,16 @@ def make_exam(
     renderer: Renderer,
     heldout: Prepared[Any] | None,
     judge: Judge | None = None,
+    run: Run | None = None,
 ) -> Exam:
     """What is asked before and after; of a pair the chosen answer is scored as a row is, the rejected one beside it."""
     samples = heldout.samples if heldout and config.method != "grpo" else []
     of_pairs = config.method == "dpo"
-    attempts = None
+    grader: Grader | None = None
     if isinstance(config, GRPOConfig) and judge and judge.rewards:
-        attempts = Attempts(config, judge, make_player(config, renderer))
+        grader = Attempts(config, judge, make_player(config, renderer))
+    elif of_pairs and run is not None:
+        grader = Drift(run, config.seed)
     return Exam(
         renderer=renderer,
         stop_ids=loaded.chat.stop_ids,
@@ -272,7 +276,7 @@ def make_exam(
         examples=heldout.examples if heldout else [],
         samples=samples[::2] if of_pairs else samples,
         rejected=samples[1::2] if of_pairs else [],
-        grader=attempts,
+        grader=grader,
         max_new_tokens=config.max_new_tokens,
         max_asked_rows=config.max_asked_rows,
     )

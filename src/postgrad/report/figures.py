@@ -24,6 +24,7 @@ MEANINGS = {
     "prefers_chosen": "share of pairs whose chosen answer has the higher log p per token",
     "logp_chosen": "after less before, over the chosen answers' tokens",
     "logp_rejected": "after less before, over the rejected answers' tokens",
+    "kl": "estimate of KL(reference ‖ trained) from answers that the starting model sampled; 0 is no change",
     "nearer": "share of prompts whose answer shares more character trigrams with the chosen than with the rejected one",
     "win_rate": "share of prompts whose answer after training leans further to the chosen one; 50% is chance",
     "reward": "weighted sum of the rewards, mean over tasks",
