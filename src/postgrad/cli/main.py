@@ -104,7 +104,8 @@ GRPO_DEMO: dict[str, Any] = {
     "max_completion_length": 40,
     "max_new_tokens": 40,
     "num_samples": 4,
-    "learning_rate": 1e-5,
+    "learning_rate": 2e-5,
+    "torch_compile": False,
     "logging_steps": 1,
     "save_strategy": "no",
 }
