@@ -100,14 +100,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def word_tokenizer(shape: str) -> Any:
-    """One whose words are numbers, each one token."""
+    """One whose words are one token each, w3, w4, …; the special tokens' texts are in none of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {str(number): number for number in range(SHAPES[shape][1]["vocab_size"])}
-    core = Tokenizer(models.WordLevel(words, unk_token="0"))
+    words = {f"w{number}": number for number in range(SHAPES[shape][1]["vocab_size"])}
+    words = {{1: "<end>", 2: "<pad>"}.get(number, word): number for word, number in words.items()}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="1", pad_token="2", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>", padding_side="left")
 
 
 def make_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,7 +116,7 @@ def make_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     rng, size = random.Random(0), SHAPES[options.shape][1]["vocab_size"]
 
     def text(count: int) -> str:
-        return " ".join(str(rng.randrange(3, size)) for _ in range(count))
+        return " ".join(f"w{rng.randrange(3, size)}" for _ in range(count))
 
     if options.method == "grpo":
         return [{"prompt": text(options.prompt)} for _ in range(options.rows)]
