@@ -26,6 +26,7 @@ from postgrad.types import Answer, Conversation, Rollout, Sample, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OVERLONG = "overlong_penalty"  # counts beside the rewards, once, whatever their weights are
 KEPT_ROWS = 64  # completions of a batch that are written to rollouts.jsonl
 
 
@@ -188,7 +189,10 @@ class Rollouts:
             "dtype": compute_dtype,
             "temperature": config.temperature,
         }
-        self.weights_F = torch.tensor([reward.weight for reward in judge.rewards], dtype=torch.float64)
+        counted = [(reward.name, reward.weight) for reward in judge.rewards]
+        counted += [(OVERLONG, 1.0)] if config.overlong_cache else []
+        self.names = [name for name, _ in counted]
+        self.weights_F = torch.tensor([weight for _, weight in counted], dtype=torch.float64)
 
     def roll(self, examples: Sequence[int], number: int) -> tuple[list[Rollout], dict[str, float]]:
         """Completions of some tasks and what is logged of them."""
@@ -225,7 +229,8 @@ class Rollouts:
         with self.packed.writing():
             answers = self.writer.answers(tasks, prompts[: len(tasks)], [self.config.seed])
         rewards_RF = torch.from_numpy(self.judge.rewards_RF(tasks, answers, 0))
-        rewards_R = (rewards_RF * self.weights_F).nansum(1)[~rewards_RF.isnan().all(1)]
+        weights_F = self.weights_F[: rewards_RF.shape[1]]
+        rewards_R = (rewards_RF * weights_F).nansum(1)[~rewards_RF.isnan().all(1)]
         return {"reward": float(rewards_R.mean()), **self._by_reward(rewards_RF), **_lengths(answers)}
 
     def _answered(self, examples: list[int], number: int, attempt: int) -> list[_Group]:
@@ -239,8 +244,8 @@ class Rollouts:
         if self.config.overlong_cache:
             lengths = np.array([len(answer.token_ids) for answer in answers])
             penalty_R = overlong_penalty(lengths, self.config.max_completion_length, self.config.overlong_cache)
-            # It counts once, whatever the rewards' weights are; an answer that no reward judged stays excluded.
-            rewards_RF = rewards_RF + penalty_R[:, None] / max(1e-12, float(self.weights_F.sum()))
+            penalty_R[np.isnan(rewards_RF).all(1)] = np.nan  # what no reward judged stays excluded
+            rewards_RF = np.column_stack([rewards_RF, penalty_R])
         return [
             _Group(example, answers[i * count : (i + 1) * count], rewards_RF[i * count : (i + 1) * count])
             for i, example in enumerate(examples)
@@ -292,15 +297,14 @@ class Rollouts:
 
     def _by_reward(self, rewards_RF: torch.Tensor) -> dict[str, float]:
         facts: dict[str, float] = {}
-        for reward, values_R in zip(self.judge.rewards, rewards_RF.unbind(1), strict=True):
+        for name, values_R in zip(self.names, rewards_RF.unbind(1), strict=False):  # an evaluation has no penalty
             known_R = values_R[~values_R.isnan()]
-            facts[f"rewards/{reward.name}/mean"] = float(known_R.mean())
-            facts[f"rewards/{reward.name}/excluded"] = 1 - len(known_R) / len(values_R)
+            facts[f"rewards/{name}/mean"] = float(known_R.mean())
+            facts[f"rewards/{name}/excluded"] = 1 - len(known_R) / len(values_R)
         return facts
 
     def _keep(self, groups: list[_Group], rewards: list[float], advantages: list[float], number: int) -> None:
         """Write the batch's first completions to ``rollouts.jsonl``."""
-        names = [reward.name for reward in self.judge.rewards]
         answers = [(group, i, answer) for group in groups for i, answer in enumerate(group.answers)]
         for (group, i, answer), reward, advantage in list(zip(answers, rewards, advantages, strict=True))[:KEPT_ROWS]:
             task = self.tasks[group.example]
@@ -315,7 +319,7 @@ class Rollouts:
                     "exact": is_exact(answer.text, expected) if expected else None,
                     "stop_reason": answer.stop_reason,
                     "tokens": len(answer.token_ids),
-                    "rewards": dict(zip(names, group.rewards_GF[i].tolist(), strict=True)),
+                    "rewards": dict(zip(self.names, group.rewards_GF[i].tolist(), strict=True)),
                     "reward": reward,
                     "advantage": advantage,
                 },

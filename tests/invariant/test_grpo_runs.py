@@ -338,3 +338,23 @@ def test_a_rehearsal_with_a_reference_and_evaluations_of_rewards(
     assert all(row["eval_completions/max_length"] <= 5 and "eval_loss" not in row for row in measured)
     verdicts = {check["name"]: check["status"] for check in json.loads(Path("run/checks.json").read_text())["checks"]}
     assert verdicts["rehearsal"] == "pass"
+
+
+def test_the_overlong_penalty_counts_once_whatever_the_weights_are(
+    cli: Callable[..., Result], model_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two rewards that cancel leave the penalty alone; it used to be divided by the sum of their weights, here 0."""
+    rows = [{"prompt": row["messages"][:1]} for row in tiny.chats(16)]
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", rows)
+    result = cli(
+        "grpo", "-m", model_folder("llama"), "-d", tasks, "reward_funcs=[stops, {name: stops, as: other}]",
+        "reward_weights=[1, -1]", "overlong_cache=4", "max_completion_length=6", "max_steps=2", "logging_steps=1",
+        "max_new_tokens=4", "bf16=false", "disable_tqdm=true", "rehearsal=false", "-o", "run",
+    )  # fmt: skip
+    assert result.code == 0, result.text
+    for row in metrics(Path("run")):
+        assert -1 <= row["reward"] < 0
+        assert row["reward"] == pytest.approx(row["rewards/overlong_penalty/mean"])
+    assert all(
+        set(row["rewards"]) == {"stops", "other", "overlong_penalty"} for row in rows_of(Path("run/rollouts.jsonl"))
+    )
