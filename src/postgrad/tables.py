@@ -65,7 +65,8 @@ def score_table(comparison: dict[str, Any]) -> Table:
     """Held-out figures before and after, with the interval of their difference."""
     table = Table("", "before", "after", "difference (95% interval)", title=_title(comparison), title_justify="left")
     for one in scores(comparison):
-        label = f"exact answers (of {one.rows})" if one.key == "exact" else one.label[:1].lower() + one.label[1:]
+        plain = one.label if one.label[:2].isupper() else one.label[:1].lower() + one.label[1:]
+        label = f"exact answers (of {one.rows})" if one.key == "exact" else plain
         table.add_row(label, _form(one, one.before), _form(one, one.after), _interval(one))
     return table
 
